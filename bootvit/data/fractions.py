@@ -1,0 +1,146 @@
+"""Which images are used: stratified fractions that nest, and a held-out part, decided by a hash of each key.
+
+Within a class images are ordered by the SHA-256 of their key. A fraction takes images from the front, the held-out
+part from the back; so 5% lies inside 10%, the held-out part is the same for every fraction, and neither depends on
+the seed, the machine or the order of the rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from bootvit.config import DataConfig
+from bootvit.data.table import ImageTable, Rows
+from bootvit.errors import UserError
+
+
+@dataclass(frozen=True)
+class Subset:
+    """Some rows of a table, in the order of their keys' hashes (so the order of the files does not matter)."""
+
+    table: ImageTable
+    indices: Rows = field(repr=False)
+    digest: str = ""  # 32 hex digits of the (label, key) pairs
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def labels(self) -> Rows:
+        """(len(self),) int64."""
+        return self.table.labels[self.indices]
+
+    @property
+    def keys(self) -> list[str]:
+        """The images' keys, in order."""
+        keys = self.table.keys
+        return [keys[row] for row in self.indices]
+
+
+class Splits(NamedTuple):
+    """The images to train on, and those kept back for selection."""
+
+    train: Subset
+    held_out: Subset | None
+
+
+def select(table: ImageTable, data: DataConfig) -> Splits:
+    """Apply `data.fraction`, `data.fraction_rule` and `data.held_out` to a training table."""
+    order = by_hash(table.keys)
+    classes = [order[table.labels[order] == label] for label in range(len(table.classes))]
+    held_sizes = largest_remainder([len(rows) for rows in classes], data.held_out)
+    held = [rows[len(rows) - size :] for rows, size in zip(classes, held_sizes, strict=True)]
+    taken = np.zeros(len(table), bool)
+    for label, rows in enumerate(classes):
+        taken[_front(table, rows, label, data)] = True
+    taken[np.concatenate(held)] = False  # where both meet, the fraction gives way
+    if not taken.any():
+        raise UserError(
+            f"data.fraction={data.fraction} with data.held_out={data.held_out} leaves no training image "
+            f"of {len(table)}: use a larger fraction or a smaller held-out part"
+        )
+    if data.held_out and not sum(held_sizes):
+        raise UserError(f"data.held_out={data.held_out} of {len(table)} images is none: use a larger share")
+    train = _subset(table, order[taken[order]])
+    kept = np.zeros(len(table), bool)
+    kept[np.concatenate(held)] = True
+    return Splits(train, _subset(table, order[kept[order]]) if data.held_out else None)
+
+
+def whole(table: ImageTable) -> Subset:
+    """Every image of a table."""
+    return _subset(table, by_hash(table.keys))
+
+
+def _front(table: ImageTable, rows: Rows, label: int, data: DataConfig) -> Rows:
+    """The rows of one class (given in hash order) that the fraction takes."""
+    if data.fraction == 1 or not len(rows):
+        return rows
+    if data.fraction_rule == "nested":
+        return rows[: max(1, round(data.fraction * len(rows)))]
+    by_name = np.array(sorted(rows, key=lambda row: table.keys[row]), np.int64)
+    picks = reference_picks(len(rows), label, data.fraction)
+    if not len(picks):
+        raise UserError(
+            f"data.fraction={data.fraction} leaves class {table.classes[label]!r} ({len(rows)} images) without a "
+            "training image: use a larger fraction, or data.fraction_rule=nested, which keeps at least one"
+        )
+    return by_name[picks]
+
+
+def reference_picks(class_size: int, class_index: int, fraction: float) -> Rows:
+    """The reference's rule: places in a class's files sorted by name, in the order in which it keeps them.
+
+    NumPy's shuffle seeded with the class's index among the sorted class names; the size is rounded with ties to even,
+    so it can be zero.
+    """
+    shuffled: Rows = np.random.default_rng(class_index).permutation(class_size)
+    return shuffled[: round(class_size * fraction)]
+
+
+def by_hash(keys: Sequence[str]) -> Rows:
+    """Row numbers in the order of the first 128 bits of each key's SHA-256."""
+    digests = b"".join(hashlib.sha256(key.encode()).digest()[:16] for key in keys)
+    words = np.frombuffer(digests, ">u8").reshape(-1, 2)
+    order: Rows = np.lexsort((words[:, 1], words[:, 0]))
+    return order
+
+
+def largest_remainder(sizes: Sequence[int], share: float) -> list[int]:
+    """Split round(share x total) over classes in proportion to their sizes, each within one of its exact part.
+
+    What is left after rounding down goes to the largest remainders; among equal ones, to the lower label.
+    """
+    exact = [share * size for size in sizes]
+    out = [int(part) for part in exact]
+    left = round(share * sum(sizes)) - sum(out)
+    for label in sorted(range(len(sizes)), key=lambda c: out[c] - exact[c])[: max(left, 0)]:
+        out[label] += 1
+    return out
+
+
+def hash_ranks(table: ImageTable) -> npt.NDArray[np.float64]:
+    """(N,) position of each row's image in its class's hash order, divided by the size of the class."""
+    ranks = np.zeros(len(table))
+    order = by_hash(table.keys)
+    for label in range(len(table.classes)):
+        rows = order[table.labels[order] == label]
+        ranks[rows] = np.arange(len(rows)) / max(1, len(rows))
+    return ranks
+
+
+def _subset(table: ImageTable, indices: Rows) -> Subset:
+    return Subset(table, indices, digest_of(table, indices))
+
+
+def digest_of(table: ImageTable, indices: Rows) -> str:
+    """32 hex digits of a set of (label, key) pairs, whatever their order."""
+    keys, labels = table.keys, table.labels
+    lines = sorted(f"{labels[row]} {keys[row]}\n" for row in indices)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]

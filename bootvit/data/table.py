@@ -1,0 +1,200 @@
+"""`ImageTable`: one data set's split as rows of (image, label, key), whatever the images are stored in.
+
+Labels and keys are Arrow columns in memory; the images stay where they are (an array, files, an Arrow file that is
+mapped into memory, Parquet row groups) and are read when they are needed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+
+from bootvit.data.decode import BrokenImage, decode, encode_png
+
+Rows = npt.NDArray[np.int64]
+RGB = tuple[float, float, float]
+Augment = Literal["crop", "area", "none"]
+
+
+@dataclass(frozen=True)
+class PixelImages:
+    """Raw images in memory: (N, rows, columns, 3) uint8."""
+
+    pixels: npt.NDArray[np.uint8]
+
+    def open(self, row: int) -> Image.Image:
+        """One image."""
+        return Image.fromarray(self.pixels[row])
+
+    def scan(self, rows: Rows) -> Iterator[tuple[int, bytes]]:
+        """(place in `rows`, image as PNG)."""
+        for place, row in enumerate(rows):
+            yield place, encode_png(self.pixels[row])
+
+    def where(self, row: int) -> str:
+        """For messages."""
+        return f"image {row}"
+
+    def stamp(self, rows: Rows) -> bytes:
+        """Changes when the images do: see `FileImages.stamp`."""
+        return self.pixels[rows].tobytes()
+
+
+@dataclass(frozen=True)
+class FileImages:
+    """One file an image, below `root`."""
+
+    root: Path
+    paths: pa.Array  # strings
+
+    def open(self, row: int) -> Image.Image:
+        """Read and decode one image."""
+        return decode(self._read(row))
+
+    def scan(self, rows: Rows) -> Iterator[tuple[int, bytes]]:
+        """(place in `rows`, the file's bytes)."""
+        for place, row in enumerate(rows):
+            yield place, self._read(row)
+
+    def where(self, row: int) -> str:
+        """The file."""
+        return str(self.root / self.paths[int(row)].as_py())
+
+    def stamp(self, rows: Rows) -> bytes:
+        """Sizes and times of the files: a cache made from other files of the same names must not be used."""
+        stats = [Path(self.where(row)).stat() for row in rows]
+        return repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+
+    def _read(self, row: int) -> bytes:
+        try:
+            return Path(self.where(row)).read_bytes()
+        except OSError as err:
+            raise BrokenImage(str(err)) from err
+
+
+@dataclass(frozen=True)
+class ArrowImages:
+    """Encoded images in an Arrow column, usually mapped from a file."""
+
+    column: pa.ChunkedArray
+
+    def open(self, row: int) -> Image.Image:
+        """Decode one image."""
+        return decode(self._bytes(row))
+
+    def scan(self, rows: Rows) -> Iterator[tuple[int, bytes]]:
+        """(place in `rows`, encoded image)."""
+        for place, row in enumerate(rows):
+            yield place, self._bytes(row)
+
+    def where(self, row: int) -> str:
+        """For messages."""
+        return f"image {row}"
+
+    def stamp(self, rows: Rows) -> bytes:
+        """The images themselves."""
+        return hashlib.sha256(b"".join(data for _, data in self.scan(rows))).digest()
+
+    def _bytes(self, row: int) -> bytes:
+        value: bytes | None = self.column[int(row)].as_py()
+        if value is None:
+            raise BrokenImage("the image is null")
+        return value
+
+
+@dataclass(frozen=True)
+class ParquetImages:
+    """Encoded images in Parquet files, read by row group and only for the rows asked for."""
+
+    files: tuple[Path, ...]
+    column: str  # a binary column, or `image.bytes` inside a struct
+
+    @cached_property
+    def groups(self) -> list[tuple[int, int, int]]:
+        """(first row, file, row group in the file) of every row group."""
+        out, first = [], 0
+        for number, path in enumerate(self.files):
+            meta = pq.read_metadata(path)
+            for group in range(meta.num_row_groups):
+                out.append((first, number, group))
+                first += meta.row_group(group).num_rows
+        return out
+
+    @cached_property
+    def _starts(self) -> Rows:
+        return np.array([first for first, _, _ in self.groups], np.int64)
+
+    def scan(self, rows: Rows) -> Iterator[tuple[int, bytes]]:
+        """(place in `rows`, encoded image), in the order of the files; each row group is read once."""
+        order = np.argsort(rows, kind="stable")
+        group_of = np.searchsorted(self._starts, rows[order], side="right") - 1
+        for group in np.unique(group_of):
+            column = self._read(int(group))
+            for place in order[group_of == group]:
+                value = column[int(rows[place] - self._starts[group])].as_py()
+                yield int(place), value if value is not None else b""
+
+    def where(self, row: int) -> str:
+        """The file that holds the row."""
+        return str(self.files[self.groups[self._group(row)][1]])
+
+    def stamp(self, rows: Rows) -> bytes:
+        """Sizes and times of the files: see `FileImages.stamp`."""
+        stats = [path.stat() for path in self.files]
+        return repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+
+    def _group(self, row: int) -> int:
+        return int(np.searchsorted(self._starts, row, side="right")) - 1
+
+    def _read(self, group: int) -> pa.ChunkedArray:
+        _, number, index = self.groups[group]
+        with pq.ParquetFile(self.files[number]) as file:
+            column = file.read_row_group(index, columns=[self.column], use_threads=False).column(0)
+        return pa.chunked_array([chunk.field(0) for chunk in column.chunks]) if "." in self.column else column
+
+
+Images = PixelImages | FileImages | ArrowImages | ParquetImages
+
+
+@dataclass(frozen=True)
+class ImageTable:
+    """One split of a data set."""
+
+    rows: pa.Table = field(repr=False)  # columns `label` (int64) and `key` (string, unique)
+    images: Images = field(repr=False)
+    classes: tuple[str, ...]
+    mean: RGB
+    std: RGB
+    fingerprint: str  # 32 hex digits: the same for the same images however they are stored
+    native: tuple[int, int] | None  # (rows, columns) if the images are small and of one size
+    auto: Augment  # what `data.augment: auto` means here
+
+    def __len__(self) -> int:
+        return int(self.rows.num_rows)
+
+    @cached_property
+    def labels(self) -> Rows:
+        """(N,) int64."""
+        out: Rows = self.rows["label"].to_numpy()
+        return out
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """N unique strings."""
+        out: list[str] = self.rows["key"].to_pylist()
+        return out
+
+    def where(self, row: int) -> str:
+        """Which image this is, for messages: its file, or its container and key."""
+        place = self.images.where(row)
+        return place if isinstance(self.images, FileImages) else f"{place}, key {self.keys[row]!r}"

@@ -1,0 +1,269 @@
+"""The networks, their objective and their optimisers: one training step, the same for every method."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from bootvit.config import Config, Network
+from bootvit.data.batches import Batch
+from bootvit.errors import RunFailed
+from bootvit.models import Features
+from bootvit.models.sync import synchronise_norms
+from bootvit.models.vit import vit_features
+from bootvit.models.zoo import build_agent, build_vit
+from bootvit.objective import LossTerms, loss_terms, total_loss
+from bootvit.optim import build_optimizer, climb, clip, learning_rate, linear_decay, network_optim, put_back
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
+
+
+class World(NamedTuple):
+    """This process's place among the workers."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+
+class Networks(nn.Module):
+    """The networks of one run. Its forward is a whole step's computation, so that DDP and compile see one graph."""
+
+    def __init__(self, config: Config, num_classes: int) -> None:
+        super().__init__()
+        self.config = config
+        self.vit = build_vit(config, num_classes) if "vit" in config.networks else None
+        self.agent = build_agent(config, num_classes, self.vit) if "agent" in config.networks else None
+
+    def features(self, images: Tensor) -> dict[Network, Features]:
+        """Every network's features of `images` (batch, 3, rows, cols)."""
+        out: dict[Network, Features] = {}
+        if self.vit is not None:
+            out["vit"] = vit_features(self.vit, images)
+        if self.agent is not None:
+            out["agent"] = self.agent(images)
+        return out
+
+    def forward(self, images: Tensor, labels: Tensor) -> dict[Network, LossTerms]:
+        """Every network's loss terms, undecayed."""
+        features = self.features(images)
+        peer: dict[Network, Network] = {"vit": "agent", "agent": "vit"}
+        objective = self.config.objective
+        return {
+            net: loss_terms(own, features.get(peer[net]), labels, getattr(objective, net), objective)
+            for net, own in features.items()
+        }
+
+    def own_parameters(self, network: Network) -> list[nn.Parameter]:
+        """The parameters of one network; those that both use belong to the ViT."""
+        module = self.vit if network == "vit" else self.agent
+        return list(module.parameters()) if module is not None else []
+
+
+class OptimGroup(NamedTuple):
+    """One optimiser, its base rate, and the parameters that are clipped and climbed together."""
+
+    optimizer: torch.optim.Optimizer
+    base_lr: float
+    clip_norm: float | None
+    clipped: list[nn.Parameter]
+    parameters: list[nn.Parameter]
+
+
+class Learner:
+    """Owns the networks and their optimisers."""
+
+    def __init__(self, config: Config, num_classes: int, world: World) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.world = config, world
+        self.networks = Networks(config, num_classes).to(world.device, PRECISIONS[config.precision])
+        if config.model.agent.sync_norm and world.size > 1:
+            self.networks = synchronise_norms(self.networks, world.device)
+        self.groups = self._groups()
+        self.term_names = self._term_names()
+        self._forward = self._wrap()
+
+    # ------------------------------------------------------------------------------------------ set-up
+
+    def _groups(self) -> list[OptimGroup]:
+        """One optimiser a network in joint training; else one over all unique parameters."""
+        nets = self.networks
+        joint = self.config.method == "joint"
+        if joint:
+            owners = [(net, nets.own_parameters(net)) for net in self.config.networks]
+        else:
+            owners = [(self.config.networks[0], list(nets.parameters()))]
+        groups = []
+        for net, parameters in owners:
+            optim = network_optim(self.config.optim, net, joint)
+            only_vit = self.config.method == "shared" and optim.clip_scope == "vit"
+            clipped = nets.own_parameters("vit") if only_vit else parameters
+            groups.append(OptimGroup(build_optimizer(parameters, optim), optim.lr, optim.clip_norm, clipped, parameters))
+        return groups
+
+    def _term_names(self) -> list[str]:
+        """`net/term` of every term that is computed, then `net/loss`, in the order of `step`'s result."""
+        paired = len(self.config.networks) == 2
+        names = []
+        for net in self.config.networks:
+            weights = getattr(self.config.objective, net)
+            terms = ("ce", "kd", "hint") if paired else ("ce",)
+            names += [f"{net}/{t}" for t in terms if getattr(weights, t)] + [f"{net}/loss"]
+        return names
+
+    def _wrap(self) -> Any:
+        forward: Any = self.networks
+        if self.world.size > 1:
+            idle = self.config.objective.vit.kd == 0 or len(self.config.networks) == 1  # a DeiT's second head
+            forward = DistributedDataParallel(
+                self.networks,
+                device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+                broadcast_buffers=False,
+                find_unused_parameters=idle and getattr(self.networks.vit, "head_dist", None) is not None,
+            )
+        return torch.compile(forward) if self.config.compile else forward
+
+    # ------------------------------------------------------------------------------------------ a step
+
+    def step(self, batch: Batch, step: int, epoch: int, progress: float) -> Tensor:
+        """One update from this worker's part of the batch.
+
+        `step` counts from the start of training; `progress` is the time in epochs, for the learning rate. Returns
+        this worker's share of the terms of `term_names`, (terms,): summed over the workers it is the batch's mean.
+        """
+        seed_from(self.config.seed, step, self.world.rank)  # dropout needs no saved generator state
+        self.networks.train()
+        share = len(batch.labels) / batch.global_size
+        terms, losses = self._backward(batch, share, epoch)
+        if self.config.optim.sam_rho is not None:
+            old = [climb(group.parameters, self.config.optim.sam_rho) for group in self.groups]
+            self._backward(batch, share, epoch)
+            for group, weights in zip(self.groups, old, strict=True):
+                put_back(group.parameters, weights)
+        self._update(step, progress)
+        return self._record(terms, losses) * share
+
+    def decay(self, epoch: int) -> float:
+        """The hint's factor in this epoch."""
+        return linear_decay(epoch, self.config.schedule.epochs) if self.config.objective.hint_decay == "linear" else 1.0
+
+    def _backward(self, batch: Batch, share: float, epoch: int) -> tuple[dict[Network, LossTerms], list[Tensor]]:
+        for group in self.groups:
+            group.optimizer.zero_grad(set_to_none=True)
+        with self._autocast():
+            terms: dict[Network, LossTerms] = self._forward(batch.images, batch.labels)
+        decay, objective = self.decay(epoch), self.config.objective
+        # DDP averages over workers: weighting by the share of the batch makes uneven shares exact
+        (total_loss(terms, objective, decay) * (share * self.world.size)).backward()
+        losses = [terms[net].total(getattr(objective, net), decay) for net in terms]
+        return terms, [loss for loss in losses if loss is not None]
+
+    def _update(self, step: int, progress: float) -> None:
+        optim = self.config.optim
+        clipping = (optim.clip_when == "every" or step == 0) and (optim.sam_rho is None or optim.sam_clip)
+        for group in self.groups:
+            if group.clip_norm is not None and clipping:
+                clip(group.clipped, group.clip_norm)
+            for parameters in group.optimizer.param_groups:
+                parameters["lr"] = learning_rate(self.config.schedule, group.base_lr, progress)
+            group.optimizer.step()
+
+    def _record(self, terms: dict[Network, LossTerms], losses: list[Tensor]) -> Tensor:
+        values = []
+        for own, loss in zip(terms.values(), losses, strict=True):
+            values += [t.detach() for t in own if t is not None] + [loss.detach()]
+        return torch.stack(values)
+
+    def _autocast(self) -> AbstractContextManager[None]:
+        if self.config.precision == "bf16":
+            return torch.autocast(self.world.device.type, torch.bfloat16)
+        return nullcontext()
+
+    # ------------------------------------------------------------------------------------------ evaluation
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> dict[Network, Counts]:
+        """Correct and total over all workers; no padding, so any batch size and worker count count the same."""
+        self.networks.eval()
+        self._share_buffers()
+        counts = torch.zeros(len(self.config.networks), 4, dtype=torch.float64, device=self.world.device)
+        for batch in batches:
+            with self._autocast():
+                features = self.networks.features(batch.images)
+            for row, own in zip(counts, features.values(), strict=True):
+                row += count(own.logits, batch.labels)
+        if self.world.size > 1:
+            dist.all_reduce(counts)
+        return {
+            net: Counts(int(row[0]), int(row[1]), int(row[2]), float(row[3]))
+            for net, row in zip(self.config.networks, counts.cpu(), strict=True)
+        }
+
+    def _share_buffers(self) -> None:
+        """Unsynchronised BatchNorm statistics differ between workers: rank 0's are the ones that are kept."""
+        if self.world.size > 1:
+            for buffer in self.networks.buffers():
+                dist.broadcast(buffer, src=0)
+
+    # ------------------------------------------------------------------------------------------ state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Weights, BatchNorm statistics and optimiser moments."""
+        return {
+            "networks": self.networks.state_dict(),
+            "optimizers": [group.optimizer.state_dict() for group in self.groups],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Inverse of `state_dict`; without optimisers only the weights are taken."""
+        self.networks.load_state_dict(state["networks"])
+        for group, saved in zip(self.groups, state.get("optimizers") or [], strict=False):
+            group.optimizer.load_state_dict(saved)
+
+
+class Counts(NamedTuple):
+    """Exact evaluation counts of one network."""
+
+    correct: int
+    correct5: int
+    total: int
+    loss_sum: float
+
+    @property
+    def top1(self) -> float:
+        """Percent."""
+        return 100 * self.correct / self.total
+
+    @property
+    def top5(self) -> float:
+        """Percent; with five classes or fewer it is 100."""
+        return 100 * self.correct5 / self.total
+
+    @property
+    def loss(self) -> float:
+        """Mean cross entropy."""
+        return self.loss_sum / self.total
+
+
+def seed_from(*numbers: int) -> None:
+    """Seed torch's generators from a few numbers, such as (run's seed, step, rank)."""
+    torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1)[0]))
+
+
+def count(logits: Tensor, labels: Tensor) -> Tensor:
+    """(correct, correct among the first five, total, summed cross entropy) of a batch, (4,) float64."""
+    if not torch.isfinite(logits).all():
+        raise RunFailed("evaluation: the network's logits are not finite")
+    logits = logits.double()
+    top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (batch, 5)
+    hit = top == labels[:, None]
+    loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    total = torch.tensor(len(labels), device=logits.device)
+    return torch.stack([hit[:, 0].sum(), hit.sum(), total, loss]).double()

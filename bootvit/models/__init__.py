@@ -1,0 +1,13 @@
+"""The networks: timm's vision Transformer, the agent CNN, and the agent on the Transformer's weights."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Features(NamedTuple):
+    """What a network's forward returns."""
+
+    logits: Tensor  # (batch, classes)
+    kd_logits: Tensor  # (batch, classes): what distillation compares; `logits` itself unless a DeiT is training
+    blocks: tuple[Tensor, ...]  # one (batch, rows, cols, width) map per block, channels last

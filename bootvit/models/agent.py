@@ -1,0 +1,182 @@
+"""The agent CNN: a stem, one block per block of the ViT, batch norm, GELU, global mean, linear head.
+
+D width, H heads. Maps are (batch, D, rows, cols) inside and (batch, rows, cols, D) in `Features.blocks`.
+"""
+
+from collections.abc import Sequence
+from math import ceil, isqrt, sqrt
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bootvit.errors import UserError
+from bootvit.models import Features
+
+Tap = tuple[int, int]  # (rows down, columns right) from the pixel in the middle
+TapRule = Literal["row_major", "centred"]
+
+
+def head_taps(heads: int, rule: TapRule) -> tuple[Tap, ...]:
+    """The place of every head in the smallest odd square window that has one for each.
+
+    row_major: head h at place h, as the reference; its own window, of side ceil(sqrt(heads)), must be odd.
+    centred: nearest to the middle first, ties in row-major order; any number of heads.
+    """
+    side = ceil(sqrt(heads))
+    if rule == "row_major" and side % 2 == 0:
+        raise UserError(
+            f"model.agent.taps=row_major cannot place {heads} heads: their {side}x{side} window has no middle; "
+            "use taps=centred, or 1, 5-9, 17-25 or 37-49 heads"
+        )
+    reach = side // 2
+    places = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)]
+    if rule == "centred":
+        places.sort(key=lambda tap: tap[0] ** 2 + tap[1] ** 2)  # stable: ties stay row-major
+    return tuple(places[:heads])
+
+
+class HeadTapConv(nn.Module):
+    """A convolution with one D x D matrix per head, each at its tap; what the window lacks is not computed.
+
+    `weight` is (D out, D in, H). The kernel is cut to the taps' bounding box: 6 row-major heads make it 2 x 3.
+    """
+
+    def __init__(self, width: int, taps: Sequence[Tap]) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, width, len(taps)))
+        self.bias = nn.Parameter(torch.zeros(width))
+        rows, cols = [dy for dy, _ in taps], [dx for _, dx in taps]
+        self.pad = (max(0, -min(cols)), max(0, max(cols)), max(0, -min(rows)), max(0, max(rows)))  # left right top bottom
+        self.window = (self.pad[2] + self.pad[3] + 1, self.pad[0] + self.pad[1] + 1)
+        places = [(dy + self.pad[2]) * self.window[1] + dx + self.pad[0] for dy, dx in taps]
+        self.register_buffer("places", torch.tensor(places), persistent=False)
+        nn.init.xavier_uniform_(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, D, rows, cols) -> the same, zero-padded."""
+        kernel = self.weight.new_zeros(*self.weight.shape[:2], self.window[0] * self.window[1])
+        kernel = kernel.index_copy(2, self.places, self.weight).unflatten(2, self.window)
+        return F.conv2d(F.pad(x, self.pad), kernel, self.bias)
+
+
+class ConvMLP(nn.Sequential):
+    """Two 1x1 convolutions with GELU and dropout between."""
+
+    def __init__(self, width: int, hidden: int, dropout: float) -> None:
+        super().__init__(nn.Conv2d(width, hidden, 1), nn.GELU(), nn.Dropout(dropout), nn.Conv2d(hidden, width, 1))
+
+
+class AgentBlock(nn.Module):
+    """`mixer` then `mlp`, each with batch norm and a residual; the method decides which modules these are."""
+
+    def __init__(self, mixer: nn.Module, mlp: nn.Module, width: int, norm: Literal["pre", "post"], dropout: float) -> None:
+        super().__init__()
+        self.mixer, self.mlp, self.pre_norm = mixer, mlp, norm == "pre"
+        self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
+        self.drop = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, D, rows, cols) -> the same."""
+        if self.pre_norm:
+            x = x + self.drop(self.mixer(self.norm1(x)))
+            return x + self.drop(self.mlp(self.norm2(x)))
+        x = x + self.drop(self.norm1(self.mixer(x)))
+        return x + self.drop(self.norm2(self.mlp(x)))
+
+
+def patch_stem(width: int, patch: tuple[int, int]) -> nn.Module:
+    """(batch, 3, rows, cols) -> (batch, D, rows / patch, cols / patch)."""
+    return nn.Conv2d(3, width, patch, stride=patch)
+
+
+def resnet_stem(width: int, middle: int) -> nn.Module:
+    """7x7 stride 2, BN, GELU, max-pool stride 2, 3x3 stride 2: an eighth of the image's sides."""
+    return nn.Sequential(
+        nn.Conv2d(3, middle, 7, stride=2, padding=3, bias=False),
+        nn.BatchNorm2d(middle),
+        nn.GELU(),
+        nn.MaxPool2d(3, stride=2, padding=1),
+        nn.Conv2d(middle, width, 3, stride=2, padding=1),
+    )
+
+
+class Agent(nn.Module):
+    """The agent CNN. `downsample` lists the blocks after which a 2x2 mean pool halves the map.
+
+    A block's feature is taken before that pool.
+    """
+
+    def __init__(
+        self, stem: nn.Module, blocks: Sequence[AgentBlock], downsample: Sequence[int], width: int, num_classes: int
+    ) -> None:
+        super().__init__()
+        self.stem = stem
+        self.blocks = nn.ModuleList(blocks)
+        self.downsample = frozenset(downsample)
+        self.norm = nn.BatchNorm2d(width)
+        self.head = nn.Linear(width, num_classes)
+
+    def forward(self, images: Tensor) -> Features:
+        """`images` (batch, 3, rows, cols) in [normalised RGB]."""
+        x = self.stem(images)  # (batch, D, rows, cols)
+        maps: list[Tensor] = []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            maps.append(x.permute(0, 2, 3, 1))
+            if i in self.downsample:
+                x = F.avg_pool2d(x, 2)
+        logits = self.head(F.gelu(self.norm(x)).mean((2, 3)))
+        return Features(logits, logits, tuple(maps))
+
+
+class TimmCNN(nn.Module):
+    """A CNN of timm in the agent's place; it has no blocks that mirror the ViT's, so no hint."""
+
+    def __init__(self, cnn: nn.Module) -> None:
+        super().__init__()
+        self.cnn = cnn
+
+    def forward(self, images: Tensor) -> Features:
+        """`images` (batch, 3, rows, cols)."""
+        logits = self.cnn(images)
+        return Features(logits, logits, ())
+
+
+@torch.no_grad()
+def init_agent(agent: Agent, rule: Literal["timm", "reference"]) -> None:
+    """Xavier-uniform convolutions and zero biases; the reference starts patches and MLP biases at a deviation of one.
+
+    Weights that belong to the ViT (shared agent) are not parameters of the agent and stay as they are.
+    """
+    reference = rule == "reference"
+    for module in agent.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.xavier_uniform_(module.weight)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+    if isinstance(agent.stem, nn.Conv2d):
+        nn.init.normal_(agent.stem.weight, std=1.0 if reference else 0.02)
+    biases = [conv.bias for block in agent.blocks for conv in block.mlp.modules() if isinstance(conv, nn.Conv2d)]
+    if isinstance(agent.stem, nn.Sequential):
+        biases.append(agent.stem[-1].bias)
+    for bias in biases:
+        nn.init.normal_(bias, mean=1e-6 if reference else 0.0, std=1.0 if reference else 1e-6)
+
+
+def map_sides(agent_stem: Literal["patch", "resnet"], grid: tuple[int, int], image: tuple[int, int],
+              depth: int, downsample: Sequence[int]) -> list[tuple[int, int]]:  # fmt: skip
+    """(rows, cols) of the agent's map at every block, before that block's pool."""
+    sides = grid if agent_stem == "patch" else (ceil(image[0] / 8), ceil(image[1] / 8))
+    out = []
+    for i in range(depth):
+        out.append(sides)
+        if i in downsample:
+            sides = (sides[0] // 2, sides[1] // 2)
+    return out
+
+
+def is_square(n: int) -> bool:
+    """Whether n is a square number."""
+    return isqrt(n) ** 2 == n

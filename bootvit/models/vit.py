@@ -1,0 +1,70 @@
+"""The student: timm's `VisionTransformer`, its block outputs, sparse attention and the reference's initial values.
+
+D width, H heads, K = D / H width of a head, N tokens.
+"""
+
+import torch
+from entmax import entmax_bisect
+from timm.layers import Attention
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from bootvit.models import Features
+
+
+def vit_features(vit: VisionTransformer, images: Tensor) -> Features:
+    """Logits and block maps of `images` (batch, 3, rows, cols), through timm's own `forward_intermediates`."""
+    tokens, blocks = vit.forward_intermediates(images, output_fmt="NLC")  # blocks come without prefix tokens
+    logits = vit.forward_head(tokens)
+    grid = vit.patch_embed.grid_size
+    maps = tuple(block.unflatten(1, grid) for block in blocks)  # (batch, N, D) -> (batch, rows, cols, D)
+    if isinstance(logits, tuple):  # a DeiT in training: class head, distillation head
+        return Features(logits[0], logits[1], maps)
+    return Features(logits, logits, maps)
+
+
+class EntmaxAttention(Attention):  # type: ignore[misc]
+    """timm's attention with alpha-entmax in the softmax's place and one learned alpha (Correia et al., 2019)."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        self.alpha = nn.Parameter(torch.tensor(1.5))
+
+    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
+        """(batch, N, D) -> (batch, N, D); masks are not supported."""
+        if attn_mask is not None or is_causal:
+            raise ValueError("entmax attention takes no mask")
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)  # (batch, H, N, K) each
+        scores = (self.q_norm(q) * self.scale) @ self.k_norm(k).transpose(-2, -1)  # (batch, H, N, N)
+        weights = self.attn_drop(sparse_weights(scores, self.alpha).to(v.dtype))
+        mixed = (weights @ v).transpose(1, 2).flatten(2)  # (batch, N, D)
+        return self.proj_drop(self.proj(self.norm(mixed)))  # type: ignore[no-any-return]
+
+
+def sparse_weights(scores: Tensor, alpha: Tensor) -> Tensor:
+    """Alpha-entmax over the last axis by 50 bisection steps, renormalised; at least float32, since it divides by alpha-1."""
+    with torch.autocast(scores.device.type, enabled=False):
+        scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
+        rows = alpha.to(scores.dtype).expand(*scores.shape[:-1], 1)
+        return entmax_bisect(scores, rows, dim=-1, n_iter=50, ensure_sum_one=True)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
+def init_as_reference(vit: VisionTransformer) -> None:
+    """The reference's initial values, quirks 1 and 2 included: patches and MLP biases start at a deviation of one."""
+    nn.init.normal_(vit.patch_embed.proj.weight, std=1.0)
+    nn.init.zeros_(vit.patch_embed.proj.bias)
+    for name in ("cls_token", "dist_token", "pos_embed"):
+        if getattr(vit, name, None) is not None:
+            nn.init.normal_(getattr(vit, name), std=0.02)
+    for block in vit.blocks:
+        for linear in (block.attn.qkv, block.attn.proj):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.zeros_(linear.bias)
+        for linear in (block.mlp.fc1, block.mlp.fc2):
+            nn.init.xavier_uniform_(linear.weight)
+            nn.init.normal_(linear.bias, mean=1e-6, std=1.0)
+    for head in (vit.head, getattr(vit, "head_dist", None)):
+        if isinstance(head, nn.Linear):
+            head.reset_parameters()

@@ -1,0 +1,104 @@
+"""The run directory: its files, who may write to it, and what state it is in."""
+
+import secrets
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from bootvit import checkpoint
+from bootvit.config import Config, dump_config, flatten, load_config
+from bootvit.errors import RunFailed, UserError
+
+# what may differ between a run and its resumption: where and how fast it runs, not what it computes
+FREE_ON_RESUME = ("name", "ray.", "tracking.", "data.root", "data.workers", "data.eval_batch_size", "compile")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`<ray.storage_path>/<name>/`. `lease` is the writer's id; a folder without it is only read."""
+
+    path: Path
+    lease: str | None = None
+
+    @property
+    def config(self) -> Path:
+        """The resolved config."""
+        return self.path / "config.yaml"
+
+    @property
+    def journal(self) -> Path:
+        """One JSON record a line."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """The newest two."""
+        return self.path / "checkpoints"
+
+    @property
+    def result(self) -> Path:
+        """Written at the end."""
+        return self.path / "result.json"
+
+    def check_lease(self) -> None:
+        """Raise `RunFailed` if another driver has taken the run: workers of a killed driver live on for seconds."""
+        held = self.path / "lease.json"
+        if self.lease is None or not held.exists() or checkpoint.read_json(held)["id"] != self.lease:
+            raise RunFailed(f"{self.path}: another process has taken over this run; this one stops")
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Replace result.json."""
+        self.check_lease()
+        checkpoint.write_json(self.result, result)
+
+
+State = Literal["absent", "unfinished", "finished"]
+
+
+def run_state(path: Path) -> State:
+    """What is there under a run's name."""
+    folder = RunFolder(path)
+    if not folder.config.exists():
+        return "absent"
+    finished = folder.result.exists() and checkpoint.read_json(folder.result)["status"] == "finished"
+    return "finished" if finished else "unfinished"
+
+
+def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, State]:
+    """Take the run's folder for writing; raises `UserError` where that would destroy or mix something."""
+    path = config.run_dir
+    state = run_state(path)
+    if state != "absent" and not (resume or overwrite):
+        raise UserError(f"{path}: a run of this name exists ({state}): --resume, --overwrite, or name=… for another")
+    if state == "absent" and path.exists() and any(path.iterdir()):
+        raise UserError(f"{path}: exists and is not a run; choose another name= or ray.storage_path=")
+    if state != "absent" and overwrite and not resume:
+        shutil.rmtree(path)
+        state = "absent"
+    if state == "unfinished":
+        check_same_run(config, path)
+    if state == "finished":
+        return RunFolder(path), state
+    path.mkdir(parents=True, exist_ok=True)
+    folder = RunFolder(path, secrets.token_hex(8))
+    checkpoint.write_json(path / "lease.json", {"id": folder.lease})
+    checkpoint.write_atomic(folder.config, dump_config(config).encode())
+    folder.result.unlink(missing_ok=True)
+    return folder, state
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    """Refuse to resume under a config that computes something else."""
+    was, now = flatten(load_config(str(path / "config.yaml"))), flatten(config)
+    for key, value in now.items():
+        if was.get(key) != value and not key.startswith(FREE_ON_RESUME):
+            raise UserError(f"{path}: cannot resume with {key}={value}: the run was started with {key}={was.get(key)}")
+
+
+def open_run(name: str) -> tuple[Config, RunFolder]:
+    """A run by its folder, or by its name below ./runs."""
+    for path in (Path(name), Path("runs") / name):
+        if (path / "config.yaml").is_file():
+            return load_config(str(path / "config.yaml")), RunFolder(path.resolve())
+    raise UserError(f"{name}: no run is there (no config.yaml in it)")
