@@ -1,0 +1,177 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    name="bootvit",
+    help="Train a vision Transformer from scratch on little data, with the agent CNN that mirrors it.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+data_app = typer.Typer(help="Look at, pack, and list subsets of a data set.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
+
+ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped one such as digits/joint")]
+Overrides = Annotated[
+    Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="such as data.fraction=0.1")  # noqa: UP045
+]
+RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name below ./runs")]
+Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
+Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
+
+
+def _print_json(document: Any) -> None:
+    typer.echo(json.dumps(document, indent=2))
+
+
+@app.command()
+def train(
+    config: ConfigName,
+    overrides: Overrides = None,
+    local: Local = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a run of this name first")] = False,
+) -> None:
+    """Train one run."""
+    from bootvit.config import load_config
+    from bootvit.report import print_result
+    from bootvit.train import train as run
+
+    print_result(run(load_config(config, overrides or []), local=local, resume=resume, overwrite=overwrite))
+
+
+@app.command("eval")
+def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as_json: Json = False) -> None:
+    """Evaluate a run's newest checkpoint: exact counts, whatever the batch and the number of workers."""
+    from bootvit.evaluate import evaluate as score
+    from bootvit.runs import open_run
+    from bootvit.train import with_overrides
+
+    config, folder = open_run(run)
+    document = score(with_overrides(config, overrides or []), folder.path, local=local)
+    if as_json:
+        _print_json(document)
+    else:
+        for net, counts in document.items():
+            typer.echo(
+                f"{net}: top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['total']}), top-5 {counts['top5']:.2f}%"
+            )
+
+
+@app.command()
+def predict(
+    run: RunName,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...")],
+    top: Annotated[int, typer.Option(min=1, help="classes an image")] = 5,
+    as_json: Json = False,
+) -> None:
+    """Class names and probabilities of images."""
+    from bootvit.evaluate import predict as guess
+    from bootvit.runs import open_run
+
+    config, folder = open_run(run)
+    guesses = guess(config, folder.path, images, top)
+    if as_json:
+        _print_json(guesses)
+        return
+    for row in guesses:
+        chances = "  ".join(f"{name} {100 * p:.1f}%" for name, p in row["classes"].items())
+        typer.echo(f"{row['image']}  {row['network']}: {chances}")
+
+
+@app.command("config")
+def show_config(config: ConfigName, overrides: Overrides = None) -> None:
+    """Print the resolved config; that file, run again, is the same run."""
+    from bootvit.config import dump_config, load_config
+
+    typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
+
+
+@app.command()
+def report(
+    folders: Annotated[Optional[list[Path]], typer.Argument(metavar="[FOLDER]...")] = None,  # noqa: UP045
+    experiment: Annotated[Optional[str], typer.Option(help="read this MLflow experiment instead")] = None,  # noqa: UP045
+    sweep: Annotated[Optional[str], typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """Method x fraction tables and plots from run folders or from MLflow."""
+    from bootvit import report as reports
+
+    reports.command(folders or [], experiment=experiment, sweep=sweep, out=out, as_json=as_json)
+
+
+@data_app.command("info")
+def data_info(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> None:
+    """What is in a data set."""
+    from bootvit.config import load_config
+    from bootvit.data.info import describe
+
+    facts = describe(load_config(config, overrides or []).data)
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key}: {value}")
+
+
+@data_app.command("pack")
+def data_pack(
+    config: ConfigName,
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option("--out", help="folder for the Parquet files")] = Path("packed"),
+    as_json: Json = False,
+) -> None:
+    """Write Parquet files in which every fraction is a prefix."""
+    from bootvit.config import load_config
+    from bootvit.data.pack import pack
+
+    written = pack(load_config(config, overrides or []).data, out)
+    if as_json:
+        _print_json(written)
+        return
+    for key, value in written.items():
+        typer.echo(f"{key}: {value}")
+
+
+@data_app.command("fraction")
+def data_fraction(
+    config: ConfigName,
+    overrides: Overrides = None,
+    keys: Annotated[bool, typer.Option("--keys", help="print the images' keys, one a line")] = False,
+    as_json: Json = False,
+) -> None:
+    """The subset that `data.fraction` takes: its digest, size and classes."""
+    from bootvit.config import load_config
+    from bootvit.data.info import fraction_keys, fraction_report
+
+    data = load_config(config, overrides or []).data
+    if keys:
+        for key in fraction_keys(data):
+            typer.echo(key)
+        return
+    facts = fraction_report(data)
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key}: {value}")
+
+
+@app.command()
+def submit(
+    command: Annotated[list[str], typer.Argument(metavar="-- train|sweep ...", help="the command to run there")],
+    address: Annotated[Optional[str], typer.Option(help="the cluster's dashboard, http://host:8265")] = None,  # noqa: UP045
+    wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the job's log to its end")] = True,
+) -> int:
+    """Run `train` or `sweep` as a job on a Ray cluster."""
+    from cluster.submit import submit as send
+
+    return send(command, address=address, wait=wait)

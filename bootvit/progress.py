@@ -1,0 +1,102 @@
+"""Progress on the terminal, read from the run's journal: a bar on a terminal, a line an epoch elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from typing import TextIO
+
+from bootvit.config import Config
+from bootvit.runs import RunFolder
+from bootvit.tracking import Record, read_journal
+
+
+def follow_progress(config: Config, folder: RunFolder, stop: threading.Event, out: TextIO | None = None) -> None:
+    """Show what the journal gains until `stop` is set and everything in it is shown."""
+    view: _Bar | _Lines = _Bar(config) if (out or sys.stdout).isatty() else _Lines(config, out or sys.stdout)
+    offset = 0
+    with view:
+        while True:
+            last = stop.wait(0.3)
+            records, offset = read_journal(folder.journal, offset)
+            view.show(records)
+            if last:
+                return
+
+
+def speak(values: dict[str, float], names: tuple[str, ...]) -> str:
+    """`vit loss 1.234  vit 45.8%  agent 90.4%  310 images/s` from the newest value of each name."""
+    parts = [f"{net} loss {values[f'train/{net}/loss']:.3f}" for net in names if f"train/{net}/loss" in values]
+    for split in ("test", "held_out"):
+        parts += [f"{net} {values[f'{split}/{net}/top1']:.1f}%" for net in names if f"{split}/{net}/top1" in values]
+    if "train/images_per_second" in values:
+        parts.append(f"{values['train/images_per_second']:.0f} images/s")
+    return "  ".join(parts)
+
+
+class _Lines:
+    """One plain line an epoch."""
+
+    def __init__(self, config: Config, out: TextIO) -> None:
+        self.config, self.out = config, out
+        self.values: dict[str, float] = {}
+        self.epoch: int | None = None
+        self.started = time.monotonic()
+        self.first_epoch: int | None = None
+
+    def __enter__(self) -> _Lines:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._line()
+
+    def show(self, records: list[Record]) -> None:
+        """Print the epochs that these records complete."""
+        for record in records:
+            if self.epoch is not None and record.epoch != self.epoch:
+                self._line()
+            self.epoch = record.epoch
+            self.first_epoch = record.epoch if self.first_epoch is None else self.first_epoch
+            self.values[record.name] = record.value
+
+    def _line(self) -> None:
+        if self.epoch is None or self.first_epoch is None:
+            return
+        done, total = self.epoch + 1, self.config.schedule.epochs
+        spent = time.monotonic() - self.started
+        left = spent / (done - self.first_epoch) * (total - done)
+        text = speak(self.values, self.config.networks)
+        print(f"{self.config.name}  epoch {done}/{total}  {text}  {left:.0f} s left", file=self.out, flush=True)
+        self.epoch = None
+
+
+class _Bar:
+    """A live bar with losses, accuracies, images/s and the time left."""
+
+    def __init__(self, config: Config) -> None:
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.config = config
+        self.values: dict[str, float] = {}
+        self.bar = Progress(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}"),
+            TimeRemainingColumn(),
+        )
+        self.task = self.bar.add_task(config.name, total=config.schedule.epochs, text="")
+
+    def __enter__(self) -> _Bar:
+        self.bar.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def show(self, records: list[Record]) -> None:
+        """Advance to the newest record."""
+        self.values |= {r.name: r.value for r in records}
+        done = max((r.epoch + 1 for r in records if not r.name.startswith("train/")), default=None)
+        self.bar.update(self.task, completed=done, text=speak(self.values, self.config.networks))

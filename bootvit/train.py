@@ -1,0 +1,281 @@
+"""The driver: checks everything, takes the run's folder, and runs the loop under Ray Train or in this process.
+
+The loop writes the run directory and nothing else; the driver follows its journal, for the terminal and for MLflow.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+
+from bootvit import checkpoint
+from bootvit.config import Config, make_config, merge, nest, parse_override, validate
+from bootvit.data import DataSplits, open_splits
+from bootvit.errors import RunFailed, UserError
+from bootvit.learner import World
+from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
+from bootvit.progress import follow_progress
+from bootvit.runs import RunFolder, claim
+from bootvit.tracking import MlflowRun, follow, git_commit, mlflow_available, run_tags
+
+
+def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Train one run to its end and return the content of its `result.json`.
+
+    Raises `UserError` before anything is taken, and `RunFailed` for a run that could not go on.
+    """
+    splits = open_splits(config.data)
+    check_evaluable(config, splits)
+    if local and config.ray.num_workers > 1:
+        raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process; leave it out for Ray Train")
+    run = run_local if local else run_under_ray
+    if not local:
+        start_ray(config)
+    folder, state = claim(config, resume=resume, overwrite=overwrite)
+    if state == "finished":
+        print(f"{folder.path} is finished; nothing to do")
+        return dict(checkpoint.read_json(folder.result))
+    with following(config, folder, splits) as tracked:
+        result = finish(config, folder, splits, lambda: run(config, folder), tracked)
+    return result
+
+
+def finish(
+    config: Config, folder: RunFolder, splits: DataSplits, run: Callable[[], dict[str, Any]], tracked: MlflowRun | None
+) -> dict[str, Any]:
+    """Run it, and record how it ended in result.json and MLflow, whatever happens."""
+    ids = {"git": git_commit(), "mlflow_run_id": tracked.run_id if tracked else None}
+    ends: dict[type[BaseException], Literal["failed", "interrupted"]] = {
+        KeyboardInterrupt: "interrupted",
+        RunFailed: "failed",
+        UserError: "failed",
+    }
+    try:
+        result = run() | ids
+    except BaseException as err:
+        status = ends.get(type(err), "failed")
+        result = unfinished(config, splits, status, err) | ids
+        folder.write_result(result)
+        if tracked is not None:
+            tracked.finish("KILLED" if status == "interrupted" else "FAILED", result)
+        raise
+    folder.write_result(result)
+    if tracked is not None:
+        tracked.finish("FINISHED", result)
+    return result
+
+
+def unfinished(config: Config, splits: DataSplits, status: str, err: BaseException) -> dict[str, Any]:
+    """result.json of a run that did not finish."""
+    return {
+        "name": config.name,
+        "method": config.method,
+        "status": status,
+        "reason": str(err) or type(err).__name__,
+        "epochs": max((s.epoch for s in checkpoint.described(config.run_dir / "checkpoints")), default=0),
+        "final": None,
+        "best": {},
+        "held_out": None,
+        "images_per_second": None,
+        "seconds": None,
+        "gpu_seconds": None,
+        "fraction": config.data.fraction,
+        "seed": config.seed,
+        "data_fingerprint": splits.fingerprint,
+        "subset_digest": splits.train.digest,
+    }
+
+
+@contextmanager
+def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator[MlflowRun | None]:
+    """Follow the journal in the background: progress on the terminal, points to MLflow."""
+    tracked = None
+    if config.tracking.enabled and mlflow_available():
+        tracked = MlflowRun(config, folder.path, tags=run_tags(config, splits))
+    elif config.tracking.enabled:
+        print("MLflow is not installed: this run is only in its folder", file=sys.stderr)
+    stop = threading.Event()
+    threads = [threading.Thread(target=follow_progress, args=(config, folder, stop), daemon=True)]
+    if tracked is not None:
+        threads.append(threading.Thread(target=follow, args=(tracked, stop), daemon=True))
+    for thread in threads:
+        thread.start()
+    try:
+        yield tracked
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
+
+
+# ------------------------------------------------------------------------------------------ in this process
+
+
+def run_local(
+    config: Config,
+    folder: RunFolder,
+    *,
+    test: TestUse = "auto",
+    on_epoch: Callable[[EpochReport], None] | None = None,
+    keep: int = 2,
+) -> dict[str, Any]:
+    """The loop in this process: no Ray, no process group."""
+    world = World(0, 1, pick_device(config.ray.use_gpu))
+    return fit(config, world, folder, test=test, on_epoch=on_epoch, keep=keep)
+
+
+def pick_device(use_gpu: bool | None) -> torch.device:
+    """The GPU if there is one and it is not refused; `UserError` if one is demanded and there is none."""
+    there = torch.cuda.is_available()
+    if use_gpu and not there:
+        raise UserError("ray.use_gpu=true: this machine has no CUDA device; set ray.use_gpu=false")
+    return torch.device("cuda" if there and use_gpu is not False else "cpu")
+
+
+# ------------------------------------------------------------------------------------------ under Ray Train
+
+
+def start_ray(config: Config) -> None:
+    """Connect to RAY_ADDRESS's cluster, or start one here with as many CPUs as the workers ask for."""
+    if importlib_missing("ray"):
+        raise UserError("Ray is not installed: pip install 'bootvit[ray]', or train with --local")
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() takes about this long
+    import logging
+
+    import ray
+
+    wanted = config.ray.num_workers * config.ray.cpus_per_worker
+    if not ray.is_initialized():
+        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+        if os.environ.get("RAY_ADDRESS"):
+            ray.init(**quiet)
+        else:
+            cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))
+            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    there = ray.cluster_resources()
+    if there.get("CPU", 0) < wanted:
+        raise UserError(
+            f"ray.num_workers={config.ray.num_workers} x ray.cpus_per_worker={config.ray.cpus_per_worker} CPUs: "
+            f"the cluster has {there.get('CPU', 0):g}"
+        )
+    if config.ray.use_gpu and there.get("GPU", 0) < config.ray.num_workers:
+        raise UserError(f"ray.use_gpu=true with {config.ray.num_workers} workers: the cluster has {there.get('GPU', 0):g} GPUs")
+
+
+def importlib_missing(name: str) -> bool:
+    """Whether a package cannot be imported."""
+    from importlib.util import find_spec
+
+    return find_spec(name) is None
+
+
+def run_under_ray(config: Config, folder: RunFolder) -> dict[str, Any]:
+    """The loop on `ray.num_workers` workers; returns rank 0's result."""
+    job = {"config": config.model_dump(mode="json"), "folder": str(folder.path), "lease": folder.lease}
+    return dict(on_workers(config, train_worker, job, config.ray.max_failures))
+
+
+def on_workers(
+    config: Config, worker: Callable[[dict[str, Any]], Any], job: dict[str, Any], max_failures: int = 0
+) -> Any:
+    """Run a function on every worker of a `TorchTrainer` and return rank 0's return value.
+
+    The original error of a worker is raised here: `UserError` and `RunFailed` as they are.
+    """
+    import ray
+    from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
+    from ray.train.torch import TorchTrainer
+
+    gpus = ray.cluster_resources().get("GPU", 0)
+    use_gpu = config.ray.use_gpu if config.ray.use_gpu is not None else gpus >= config.ray.num_workers
+    resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
+    trainer = TorchTrainer(
+        worker,
+        train_loop_config=job,
+        scaling_config=ScalingConfig(
+            num_workers=config.ray.num_workers, use_gpu=use_gpu, resources_per_worker=resources
+        ),
+        run_config=RunConfig(
+            name=f".ray-{config.name}-{os.getpid()}",
+            storage_path=config.ray.storage_path,
+            failure_config=FailureConfig(max_failures=max_failures),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    try:
+        return trainer.fit().return_value
+    except TrainingFailedError as err:
+        raise original_error(err) from err
+    finally:
+        clear_ray_storage(config)
+
+
+def original_error(err: Exception) -> Exception:
+    """The first error of a worker behind Ray's: the user's and the run's own kinds pass unchanged."""
+    failures = getattr(err, "worker_failures", {}) or {}
+    errors = list(failures.values())
+    for kind in (UserError, RunFailed):
+        for failure in errors:
+            if isinstance(failure, kind):
+                return failure
+            if type(failure).__name__ == kind.__name__ or f"{kind.__name__}:" in str(failure):
+                return kind(str(failure).split(f"{kind.__name__}:")[-1].strip().splitlines()[0])
+    first = errors[0] if errors else err
+    return RunFailed(f"a worker failed: {type(first).__name__}: {str(first).strip().splitlines()[-1] if str(first) else ''}")
+
+
+def clear_ray_storage(config: Config) -> None:
+    """Ray Train keeps a folder of its own for bookkeeping; our checkpoints are elsewhere."""
+    import shutil
+
+    shutil.rmtree(config.run_dir.parent / f".ray-{config.name}-{os.getpid()}", ignore_errors=True)
+
+
+def train_worker(job: dict[str, Any]) -> dict[str, Any]:
+    """One worker of Ray Train: the loop, with a report an epoch as a sign of life."""
+    import ray.train
+    from pathlib import Path
+
+    config = validate(Config, job["config"], "job")
+    world = ray_world(config)
+
+    def sign_of_life(report: EpochReport) -> None:
+        ray.train.report({"epoch": report.epoch, "step": report.step})
+
+    return fit(config, world, RunFolder(Path(job["folder"]), job["lease"]), on_epoch=sign_of_life)
+
+
+def ray_world(config: Config) -> World:
+    """This worker's place, from Ray Train; uses the CPUs that it was given."""
+    import ray.train
+    from ray.train.torch import get_device
+
+    torch.set_num_threads(max(1, int(config.ray.cpus_per_worker)))
+    context = ray.train.get_context()
+    return World(context.get_world_rank(), context.get_world_size(), get_device())
+
+
+def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
+    """A run's config with `KEY=VALUE` overrides, checked again."""
+    data = config.model_dump(mode="json")
+    origins = {}
+    for text in overrides:
+        key, value = parse_override(text)
+        data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
+    return make_config(data, config.name, origins)
+
+
+def raise_on_sigterm() -> None:
+    """A polite kill ends a run like Ctrl-C: recorded as interrupted."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
