@@ -1,0 +1,38 @@
+# Everything runs from .venv, which `setup` makes; every other target makes it first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+export RAY_USAGE_STATS_ENABLED := 0
+
+.PHONY: setup demo test test-slow test-cluster lint bench clean
+
+setup: $(VENV)/.done
+
+$(VENV)/.done: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+demo: setup
+	bash benchmarks/demo.sh
+
+test: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not cluster and not gpu'
+
+test-slow: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu'
+
+test-cluster: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m cluster
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: setup
+	$(BIN)/python -m benchmarks.speed
+
+clean:
+	rm -rf $(VENV) runs mlruns mlflow.db
