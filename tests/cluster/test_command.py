@@ -1,0 +1,172 @@
+"""What may be submitted: the command, its config, and places that outlive the job."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bootvit.errors import UserError
+from cluster.capacity import check_capacity, known_nodes
+from cluster.client import dashboard
+from cluster.command import Workers, check_command, outlives_job
+from cluster.submit import check_id, new_id
+
+GOOD = ["ray.storage_path=/shared/runs", "tracking.uri=http://mlflow:5000"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty folder to stand in, with a tiny config and a sweep of it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "tiny.yaml").write_text("name: tiny\ndata: {image_size: 32}\n")
+    (tmp_path / "sweep.yaml").write_text("name: both\nbase: tiny.yaml\nspace: {seed: {grid: [0, 1]}}\n")
+    return tmp_path
+
+
+def refused(*words: str, env: dict[str, str] | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        check_command(words, env or {})
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_good_command_is_taken_apart(folder: Path) -> None:
+    command = check_command(["train", "--resume", "tiny.yaml", "seed=3", *GOOD], {})
+    assert command.words[command.config_at] == "tiny.yaml"
+    assert command.files == {folder / "tiny.yaml"}
+    assert command.name == "tiny"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "expected bootvit submit -- train"),
+        (["trian", "tiny.yaml"], "did you mean 'train'?"),
+        (["eval", "runs/x"], "expected bootvit submit -- train"),
+        (["train", "--resume"], "no config is named"),
+        (["train", "nothing.yaml"], "nothing.yaml: no such config file"),
+        (["train", "tiny.yaml", "seeed=1", *GOOD], "unknown key 'seeed', did you mean 'seed'?"),
+        (["train", "tiny.yaml", "seed=x", *GOOD], "seed="),
+        (["train", "tiny.yaml", "resume", *GOOD], "expected KEY=VALUE"),
+        (["sweep", "tiny.yaml", *GOOD], "base=None"),
+        (["sweep", "sweep.yaml", "seeed.x=1", "base=none.yaml", *GOOD], "none.yaml"),
+        (["sweep", "sweep.yaml", "optim.lrr=1", *GOOD], "did you mean 'optim.lr'?"),
+    ],
+)
+def test_mistakes_are_found_before_submission(folder: Path, words: list[str], expected: str) -> None:
+    assert expected in refused(*words)
+
+
+@pytest.mark.parametrize("verb", [("train", "tiny.yaml"), ("sweep", "sweep.yaml")])
+@pytest.mark.parametrize("storage", ["ray.storage_path=runs", "ray.storage_path=~/runs", "seed=1"])
+def test_runs_must_outlive_the_job(folder: Path, verb: tuple[str, str], storage: str) -> None:
+    assert "add ray.storage_path=/" in refused(*verb, storage, "tracking.enabled=false")
+
+
+@pytest.mark.parametrize("key", ["data.root", "model.vit.weights"])
+def test_inputs_must_be_where_the_job_finds_them(folder: Path, key: str) -> None:
+    assert f"{key}=here is relative" in refused("train", "tiny.yaml", f"{key}=here", *GOOD)
+
+
+def test_tracking_must_outlive_the_job(folder: Path) -> None:
+    words = ("train", "tiny.yaml", GOOD[0])
+    assert "tracking.uri is not set" in refused(*words)
+    assert "would vanish" in refused(*words, "tracking.uri=sqlite:///mlflow.db")
+    assert "MLFLOW_TRACKING_URI=mlruns would vanish" in refused(*words, env={"MLFLOW_TRACKING_URI": "mlruns"})
+    check_command(words, {"MLFLOW_TRACKING_URI": "http://mlflow:5000"})
+    check_command([*words, "tracking.enabled=false"], {})
+
+
+def test_a_password_stays_out_of_the_jobs_record(folder: Path) -> None:
+    line = refused(
+        "train", "tiny.yaml", GOOD[0], env={"MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"}
+    )
+    assert "password" in line
+    assert "hunter2" not in line
+
+
+@pytest.mark.parametrize(
+    ("uri", "expected"),
+    [
+        ("http://mlflow:5000", True),
+        ("postgresql://db/mlflow", True),
+        ("sqlite:////shared/mlflow.db", True),
+        ("/shared/mlruns", True),
+        ("databricks", True),
+        ("sqlite:///mlflow.db", False),
+        ("sqlite://", False),
+        ("mlruns", False),
+    ],
+)
+def test_which_tracking_places_outlive_a_job(uri: str, expected: bool) -> None:
+    assert outlives_job(uri) is expected
+
+
+def test_the_files_of_a_sweep_are_followed(folder: Path) -> None:
+    (folder / "deep").mkdir()
+    (folder / "deep" / "base.yaml").write_text("extends: ../tiny.yaml\n")
+    (folder / "deep" / "common.yaml").write_text("base: base.yaml\n")
+    (folder / "deep" / "sweep.yaml").write_text("extends: [common.yaml]\nspace: {}\n")
+    command = check_command(["sweep", "deep/sweep.yaml", *GOOD], {})
+    names = {path.relative_to(folder).as_posix() for path in command.files}
+    assert names == {"deep/sweep.yaml", "deep/common.yaml", "deep/base.yaml", "tiny.yaml"}
+
+
+@pytest.mark.parametrize("key", ["extends", "base"])
+def test_files_that_only_this_machine_has_are_refused(folder: Path, key: str) -> None:
+    files = {"extends": "tiny.yaml", "base": "tiny.yaml"} | {key: f"{folder}/tiny.yaml"}
+    (folder / "far.yaml").write_text("".join(f"{name}: {place}\n" for name, place in files.items()))
+    assert "relative to the file" in refused("sweep", "far.yaml", *GOOD)
+
+
+def test_what_a_command_asks_of_the_cluster(folder: Path) -> None:
+    four = ("ray.num_workers=4", "ray.cpus_per_worker=2.5", "ray.use_gpu=true", *GOOD)
+    train = check_command(["train", "tiny.yaml", *four], {}).workers
+    sweep = check_command(["sweep", "sweep.yaml", "resources.gpu=0.5", *GOOD], {}).workers
+    assert train is not None
+    assert sweep is not None
+    assert (train.count, train.cpus, train.gpus) == (4, 2.5, 1)
+    assert (sweep.count, sweep.cpus, sweep.gpus) == (1, 1, 0.5)
+    assert check_command(["train", "tiny.yaml", "--local", *four], {}).workers is None
+
+
+@pytest.mark.parametrize(
+    ("count", "cpus", "gpus", "room"),
+    [(4, 2, 0, 4), (5, 2, 0, 4), (1, 7, 0, 0), (2, 1, 1, 1), (4, 0.5, 0.25, 4), (1, 0, 1, 1)],
+)
+def test_workers_must_fit_whole_on_nodes(count: int, cpus: float, gpus: float, room: int) -> None:
+    nodes = [{"CPU": 6.0, "GPU": 1.0}, {"CPU": 2.0}]  # by hand: three and one workers of 2 CPUs
+    workers = Workers(count, cpus, gpus, "that much")
+    if room >= count:
+        check_capacity(workers, nodes, "http://head")
+    else:
+        with pytest.raises(UserError, match=f"has room for {room} .*6 CPUs, 1 GPUs; 2 CPUs, 0 GPUs"):
+            check_capacity(workers, nodes, "http://head")
+
+
+def test_a_cluster_that_may_grow_is_not_counted() -> None:
+    report = {"usageByNode": {"ab": {"CPU": [1.0, 2.0]}}}
+    by_hand = {"loadMetricsReport": report, "autoscalerReport": {"nodeTypeMapping": {"ab": "node_ab"}}}
+    growing = {"loadMetricsReport": report, "autoscalerReport": {"nodeTypeMapping": {"ab": "ray.worker"}}}
+    assert known_nodes({"data": {"clusterStatus": by_hand}}) == [{"CPU": 2.0}]
+    assert known_nodes({"data": {"clusterStatus": growing}}) is None
+    assert known_nodes({"data": {"clusterStatus": None}}) is None
+
+
+def test_where_the_cluster_is() -> None:
+    env = {"RAY_API_SERVER_ADDRESS": "http://b:1/", "RAY_ADDRESS": "http://c:1"}
+    assert dashboard("https://a:1", env) == "https://a:1"
+    assert dashboard(None, env) == "http://b:1"
+    assert dashboard(None, {"RAY_ADDRESS": "http://c:1"}) == "http://c:1"
+    assert dashboard(None, {}) == "http://127.0.0.1:8265"
+    with pytest.raises(UserError, match="RAY_ADDRESS=head:6379: expected the URL"):
+        dashboard(None, {"RAY_ADDRESS": "head:6379"})
+
+
+def test_submission_ids() -> None:
+    assert new_id("train-a b/c").startswith("train-a-b-c-")
+    assert new_id("train") != new_id("train")
+    assert check_id("mine_1.2-3") == "mine_1.2-3"
+    with pytest.raises(UserError, match="letters"):
+        check_id("../x y")
