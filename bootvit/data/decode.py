@@ -31,6 +31,8 @@ def decode(data: bytes | memoryview) -> Image.Image:
     Grey, palette, CMYK and 16-bit grey images are converted. Transparency is dropped, as `PIL.Image.convert("RGB")`
     and torchvision do it: the colours below it appear. A truncated file is a `BrokenImage`.
     """
+    if not len(data):
+        raise BrokenImage("no bytes: the image is empty, missing or unreadable")
     try:
         with Image.open(io.BytesIO(data)) as image:
             return to_rgb(image)

@@ -64,7 +64,10 @@ class FileImages:
     def scan(self, rows: Rows) -> Iterator[tuple[int, bytes]]:
         """(place in `rows`, the file's bytes)."""
         for place, row in enumerate(rows):
-            yield place, self._read(row)
+            try:
+                yield place, self._read(row)
+            except BrokenImage:
+                yield place, b""  # decoding it is the error
 
     def where(self, row: int) -> str:
         """The file."""
@@ -84,9 +87,10 @@ class FileImages:
 
 @dataclass(frozen=True)
 class ArrowImages:
-    """Encoded images in an Arrow column, usually mapped from a file."""
+    """Encoded images in an Arrow column, usually mapped from a file; image i is in its row order[i]."""
 
     column: pa.ChunkedArray
+    order: Rows
 
     def open(self, row: int) -> Image.Image:
         """Decode one image."""
@@ -106,10 +110,7 @@ class ArrowImages:
         return hashlib.sha256(b"".join(data for _, data in self.scan(rows))).digest()
 
     def _bytes(self, row: int) -> bytes:
-        value: bytes | None = self.column[int(row)].as_py()
-        if value is None:
-            raise BrokenImage("the image is null")
-        return value
+        return self.column[int(self.order[row])].as_py() or b""
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,15 @@ class ParquetImages:
             for place in order[group_of == group]:
                 value = column[int(rows[place] - self._starts[group])].as_py()
                 yield int(place), value if value is not None else b""
+
+    def first(self, count: int) -> list[bytes]:
+        """The first images of the first file, without reading more than they need."""
+        with pq.ParquetFile(self.files[0]) as file:
+            for batch in file.iter_batches(count, columns=[self.column], use_threads=False):
+                column = batch.column(0)
+                values = (column.field(0) if "." in self.column else column).to_pylist()
+                return [value or b"" for value in values]
+        return []
 
     def where(self, row: int) -> str:
         """The file that holds the row."""

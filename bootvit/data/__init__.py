@@ -1,0 +1,58 @@
+"""From a data set on disk to batches on the device."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from bootvit.config import DataConfig
+from bootvit.data.batches import Batch, EvalBatches, TrainBatches, preprocess
+from bootvit.data.fractions import Subset, select, whole
+from bootvit.data.sources import open_table
+from bootvit.data.table import RGB, ImageTable
+from bootvit.errors import UserError
+
+__all__ = [
+    "Batch",
+    "DataSplits",
+    "EvalBatches",
+    "ImageTable",
+    "Subset",
+    "TrainBatches",
+    "open_splits",
+    "open_table",
+    "preprocess",
+    "select",
+]
+
+
+@dataclass(frozen=True)
+class DataSplits:
+    """A data set as a run uses it."""
+
+    train: Subset
+    held_out: Subset | None
+    test: Subset | None  # the source's test or val split
+    classes: tuple[str, ...]
+    mean: RGB
+    std: RGB
+    fingerprint: str  # 32 hex digits of the whole data set, whatever the fraction
+
+
+def open_splits(data: DataConfig) -> DataSplits:
+    """Open the source and choose the images to train on, to select with and to test on."""
+    table = open_table(data, "train")
+    if table is None:
+        raise UserError(f"data.root={data.root}: no training split")
+    splits = select(table, data)
+    test = open_table(data, "test", like=table)
+    prints = table.fingerprint + (test.fingerprint if test else "")
+    return DataSplits(
+        train=splits.train,
+        held_out=splits.held_out,
+        test=whole(test) if test else None,
+        classes=table.classes,
+        mean=table.mean,
+        std=table.std,
+        fingerprint=hashlib.sha256(prints.encode()).hexdigest()[:32],
+    )

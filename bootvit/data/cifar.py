@@ -1,0 +1,67 @@
+"""CIFAR-10 and CIFAR-100 from torchvision's files (`cifar-10-batches-py`, `cifar-100-python`), never downloaded."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from bootvit.data.found import Found
+from bootvit.data.table import RGB, PixelImages
+from bootvit.errors import UserError
+
+STD: RGB = (0.2023, 0.1994, 0.2010)  # CIFAR-10's; the reference uses it for CIFAR-100 too
+MEAN: dict[str, RGB] = {"cifar10": (0.4914, 0.4822, 0.4465), "cifar100": (0.5071, 0.4867, 0.4408)}
+FOLDER = {"cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+FILES = {
+    ("cifar10", "train"): tuple(f"data_batch_{number}" for number in range(1, 6)),
+    ("cifar10", "test"): ("test_batch",),
+    ("cifar100", "train"): ("train",),
+    ("cifar100", "test"): ("test",),
+}
+NAMES = {"cifar10": ("batches.meta", "label_names"), "cifar100": ("meta", "fine_label_names")}
+LABEL = {"cifar10": "labels", "cifar100": "fine_labels"}
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Refuses everything but NumPy arrays, because a pickle may run any code."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name} does not belong into a CIFAR file")
+
+
+def read(root: Path, source: Literal["cifar10", "cifar100"], split: Literal["train", "test"]) -> Found:
+    """All images of a split; keys are their indices in the original files."""
+    folder = root / FOLDER[source] if (root / FOLDER[source]).is_dir() else root
+    batches = [_load(folder / name, source) for name in FILES[source, split]]
+    pixels = np.concatenate([_field(batch, "data", folder) for batch in batches])
+    pixels = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
+    labels = np.concatenate([_field(batch, LABEL[source], folder) for batch in batches]).astype(np.int64)
+    file, field = NAMES[source]
+    names = tuple(str(name) for name in _field(_load(folder / file, source), field, folder))
+    keys = [str(row) for row in range(len(labels))]
+    return Found(PixelImages(pixels), labels, keys, names, constants=(MEAN[source], STD))
+
+
+def _load(path: Path, source: str) -> dict[str, Any]:
+    if not path.is_file():
+        raise UserError(
+            f"data.root: {path} does not exist; source {source!r} reads the unpacked folder {FOLDER[source]!r} "
+            "of torchvision and downloads nothing"
+        )
+    try:
+        with path.open("rb") as file:
+            content: dict[str, Any] = _ArraysOnly(file, encoding="latin1").load()
+    except (pickle.UnpicklingError, EOFError, ValueError) as err:
+        raise UserError(f"{path}: not a CIFAR file: {err}") from err
+    return content
+
+
+def _field(content: dict[str, Any], name: str, folder: Path) -> Any:
+    if not isinstance(content, dict) or name not in content:
+        raise UserError(f"{folder}: not CIFAR files: {name!r} is missing")
+    return content[name]

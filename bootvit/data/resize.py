@@ -1,0 +1,150 @@
+"""Resizing as Pillow does it: on the device in whole batches, bit for bit, and the croppings of large images.
+
+Pillow's bilinear filter works in two passes, horizontal then vertical, with coefficients of 22 bits; each pass is
+rounded to 8 bits. `resize_batch` does the same with integers, so it agrees exactly on every device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+PRECISION = 22  # bits of a coefficient: 32, less 8 of a pixel and 2 to spare
+
+
+@lru_cache(maxsize=64)
+def bilinear_taps(
+    source: int, target: int
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+    """(positions, coefficients), each (taps, target): what each output pixel sums over, along one axis."""
+    scale = source / target
+    support = max(scale, 1.0)
+    positions, coefficients = [], []
+    for out in range(target):
+        center = (out + 0.5) * scale
+        first = max(0, int(center - support + 0.5))
+        last = min(source, int(center + support + 0.5))
+        weights = [max(0.0, 1.0 - abs((x - center + 0.5) * (1.0 / support))) for x in range(first, last)]
+        total = sum(weights)
+        positions.append(list(range(first, last)))
+        coefficients.append([int(0.5 + weight / total * (1 << PRECISION)) for weight in weights])
+    taps = max(len(row) for row in positions)
+    for where, what in zip(positions, coefficients, strict=True):
+        where += [0] * (taps - len(where))
+        what += [0] * (taps - len(what))
+    return tuple(zip(*positions, strict=True)), tuple(zip(*coefficients, strict=True))
+
+
+def resize_batch(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """(batch, channels, rows, cols) uint8 to (batch, channels, *size) uint8, equal to Pillow's BILINEAR."""
+    if images.shape[3] != size[1]:
+        images = _resize_axis(images, 3, size[1])
+    if images.shape[2] != size[0]:
+        images = _resize_axis(images, 2, size[0])
+    return images
+
+
+def _resize_axis(images: Tensor, axis: int, target: int) -> Tensor:
+    positions, coefficients = bilinear_taps(images.shape[axis], target)
+    shape = [1, 1, 1, 1]
+    shape[axis] = target
+    total: Tensor | None = None
+    for where, what in zip(positions, coefficients, strict=True):
+        picked = images.index_select(axis, torch.tensor(where, device=images.device)).int()
+        picked *= torch.tensor(what, dtype=torch.int32, device=images.device).view(shape)
+        total = picked if total is None else total.add_(picked)
+    assert total is not None  # a pixel has at least one tap
+    total += 1 << (PRECISION - 1)
+    return (total >> PRECISION).clamp_(0, 255).to(torch.uint8)
+
+
+def enlarge(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Pillow's own bilinear resizing to (rows, columns)."""
+    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
+
+
+class Box(NamedTuple):
+    """A rectangle of an image."""
+
+    top: int
+    left: int
+    rows: int
+    cols: int
+
+
+TRIES = 10
+AREA_NUMBERS = (
+    24  # uniform numbers an area crop may use: area and aspect of 10 tries, place, flip, 1 to spare
+)
+
+
+def area_box(
+    rows: int,
+    cols: int,
+    numbers: Sequence[float],
+    area: tuple[float, float] = (0.6, 1.0),
+    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+) -> Box:
+    """A random part of an image, as torchvision's RandomResizedCrop chooses it, from 22 uniform numbers.
+
+    Numbers 2t and 2t+1 are the area and the logarithm of the aspect of try t, 20 and 21 the place. If no try fits,
+    the largest central part within the aspects.
+    """
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    for attempt in range(TRIES):
+        pixels = rows * cols * (area[0] + (area[1] - area[0]) * numbers[2 * attempt])
+        ratio = math.exp(low + (high - low) * numbers[2 * attempt + 1])
+        width, height = round(math.sqrt(pixels * ratio)), round(math.sqrt(pixels / ratio))
+        if 0 < width <= cols and 0 < height <= rows:
+            top = int(numbers[20] * (rows - height + 1))
+            left = int(numbers[21] * (cols - width + 1))
+            return Box(top, left, height, width)
+    return _central_box(rows, cols, aspect)
+
+
+def _central_box(rows: int, cols: int, aspect: tuple[float, float]) -> Box:
+    height, width = rows, cols
+    if cols / rows < aspect[0]:
+        height = round(cols / aspect[0])
+    elif cols / rows > aspect[1]:
+        width = round(rows * aspect[1])
+    return Box((rows - height) // 2, (cols - width) // 2, height, width)
+
+
+def area_crop(
+    image: Image.Image, size: tuple[int, int], numbers: Sequence[float], *, flip: bool
+) -> Image.Image:
+    """A random part of the image, resized to (rows, columns) and, if `flip`, mirrored half of the time (number 22)."""
+    box = area_box(image.height, image.width, numbers)
+    part = image.crop((box.left, box.top, box.left + box.cols, box.top + box.rows))
+    part = enlarge(part, size)
+    return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and numbers[22] < 0.5 else part
+
+
+def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+    """Evaluation of large images: shrink so that 256/224 of `size` is just covered, then cut out the centre.
+
+    For a square `size` this is torchvision's Resize(round(side x 256 / 224)) and CenterCrop(side).
+    """
+    rows, cols = round(size[0] * 256 / 224), round(size[1] * 256 / 224)
+    if rows * image.width >= cols * image.height:
+        cols = max(cols, int(rows * image.width / image.height))
+    else:
+        rows = max(rows, int(cols * image.height / image.width))
+    image = enlarge(image, (rows, cols))
+    top, left = round((rows - size[0]) / 2), round((cols - size[1]) / 2)
+    return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """(batch, 3, rows, cols) uint8 to float32: scaled to [0, 1], less the mean, over the deviation."""
+    out = images.to(torch.float32).div_(255)
+    shape = (1, 3, 1, 1)
+    out -= torch.tensor(mean, dtype=torch.float32, device=out.device).view(shape)
+    return out.div_(torch.tensor(std, dtype=torch.float32, device=out.device).view(shape))

@@ -1,0 +1,251 @@
+"""Where images come from: each source becomes an `ImageTable` per split, and nothing is ever downloaded.
+
+Keys: an image folder's path below its split; a Parquet row's `key` or `image.path`, else the SHA-256 of its bytes;
+elsewhere the index in the original files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from bootvit.config import DataConfig, pair
+from bootvit.data import cifar, folders, parquet
+from bootvit.data.decode import BrokenImage, decode, encode_png, header_size
+from bootvit.data.found import Found
+from bootvit.data.fractions import by_hash
+from bootvit.data.table import (
+    RGB,
+    ArrowImages,
+    FileImages,
+    Images,
+    ImageTable,
+    ParquetImages,
+    PixelImages,
+    Rows,
+)
+from bootvit.errors import UserError
+
+Split = Literal["train", "test"]
+
+IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+SMALL = 96  # the longest side, in pixels, of images that are kept decoded in memory
+PROBED = 64  # images whose size decides whether all are small
+MEASURED = 1000  # images from which an unknown data set's mean and deviation are computed
+FINGERPRINTED = 16  # images whose bytes enter the fingerprint
+
+
+def open_table(data: DataConfig, split: Split, like: ImageTable | None = None) -> ImageTable | None:
+    """One split, or None if the source has no such split; a source without training images is a `UserError`.
+
+    `like` is the training table, whose classes, mean, deviation and size class the test split takes over.
+    """
+    if split == "test" and like is None:
+        like = open_table(data, "train")
+    found = _find(data, split)
+    if found is None or not len(found.labels):
+        if split == "test" and found is None:
+            return None
+        raise UserError(f"data.root={data.root}: the {split} split of source {data.source!r} has no images")
+    return _finish(found, data, like)
+
+
+def _find(data: DataConfig, split: Split) -> Found | None:
+    if data.source == "digits":
+        return _digits(split)
+    if data.source == "fake":
+        return _fake(data, split)
+    root = _root(data)
+    if data.source in ("cifar10", "cifar100"):
+        return cifar.read(root, data.source, split)
+    if data.source == "parquet":
+        return parquet.read(root, split)
+    return folders.read(root, split, splits_only=data.source == "imagenet")
+
+
+def _root(data: DataConfig) -> Path:
+    if data.root is None:
+        raise UserError(f"data.root: source {data.source!r} needs the folder that holds its files")
+    root = Path(data.root)
+    if not root.is_dir():
+        raise UserError(f"data.root={data.root}: no such folder")
+    return root
+
+
+# ------------------------------------------------------------------------------------------ made in memory
+
+
+def _digits(split: Split) -> Found:
+    """scikit-learn's 1,797 digits of 8x8 pixels, grey 0..16 as 0..255.
+
+    They come without a split: the test part is the last fifth of each class in hash order, 358 images.
+    """
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as err:
+        raise UserError("data.source=digits needs scikit-learn: pip install scikit-learn") from err
+    raw = load_digits()
+    grey = np.round(raw.images * (255 / 16)).astype(np.uint8)
+    labels = raw.target.astype(np.int64)
+    rows = _digits_rows(labels, split)
+    pixels = np.repeat(grey[rows, :, :, None], 3, axis=3)
+    names = tuple(str(digit) for digit in range(10))
+    return Found(PixelImages(pixels), labels[rows], [str(row) for row in rows], names, auto="none")
+
+
+def _digits_rows(labels: Rows, split: Split) -> Rows:
+    order = by_hash([str(row) for row in range(len(labels))])
+    parts = []
+    for digit in range(10):
+        rows = order[labels[order] == digit]
+        kept = len(rows) - round(len(rows) / 5)
+        parts.append(rows[:kept] if split == "train" else rows[kept:])
+    return np.sort(np.concatenate(parts))
+
+
+def _fake(data: DataConfig, split: Split) -> Found:
+    """Striped noise that a network can learn, for tests: 40 training and 10 test images a class (4 by default).
+
+    Up to 96 px the images are raw and of `data.image_size`, above they are PNG files of various sizes.
+    """
+    count = data.num_classes or 4
+    labels = np.arange((40 if split == "train" else 10) * count, dtype=np.int64) % count
+    keys = [f"{split}-{row}" for row in range(len(labels))]
+    classes = tuple(str(label) for label in range(count))
+    rows, cols = pair(data.image_size)
+    if max(rows, cols) <= SMALL:
+        pixels = np.stack(
+            [_stripes(row, label, count, rows, cols, split) for row, label in enumerate(labels)]
+        )
+        return Found(PixelImages(pixels), labels, keys, classes)
+    encoded = [
+        encode_png(_stripes(row, label, count, rows + row % 7 * 5, cols + row % 5 * 9, split))
+        for row, label in enumerate(labels)
+    ]
+    column = pa.chunked_array([pa.array(encoded, pa.binary())])
+    return Found(ArrowImages(column, np.arange(len(encoded))), labels, keys, classes)
+
+
+def _stripes(row: int, label: int, count: int, rows: int, cols: int, split: Split) -> npt.NDArray[np.uint8]:
+    """(rows, cols, 3): stripes whose number tells the class, with noise."""
+    noise = np.random.default_rng([row, split == "test"]).normal(0, 20, (rows, cols, 3))
+    wave = np.sin(np.linspace(0, 2 * np.pi * (label + 1) / count * 4, rows))[:, None, None]
+    out: npt.NDArray[np.uint8] = np.clip(128 + 80 * wave + noise, 0, 255).astype(np.uint8)
+    return out
+
+
+# ----------------------------------------------------------------------------------------------- completion
+
+
+def _finish(found: Found, data: DataConfig, like: ImageTable | None) -> ImageTable:
+    classes = like.classes if like else _classes(found, data)
+    _check_labels(found, classes, data)
+    native = like.native if like else found.native if found.packed else native_size(found.images)
+    mean, std = (like.mean, like.std) if like else _constants(found, data, native)
+    auto = like.auto if like else found.auto or ("crop" if native else "area")
+    rows = pa.table({"label": pa.array(found.labels, pa.int64()), "key": pa.array(found.keys, pa.string())})
+    fingerprint = found.fingerprint or fingerprint_of(found.images, found.labels, found.keys)
+    return ImageTable(rows, found.images, classes, mean, std, fingerprint, native, auto)
+
+
+def _classes(found: Found, data: DataConfig) -> tuple[str, ...]:
+    names = found.classes or tuple(str(label) for label in range(int(found.labels.max()) + 1))
+    wanted = data.num_classes or len(names)
+    if wanted < len(names):
+        raise UserError(
+            f"data.num_classes={wanted}: the source has {len(names)} classes; use null or a larger number"
+        )
+    return names + tuple(str(label) for label in range(len(names), wanted))
+
+
+def _check_labels(found: Found, classes: Sequence[str], data: DataConfig) -> None:
+    wrong = np.flatnonzero((found.labels < 0) | (found.labels >= len(classes)))
+    if len(wrong):
+        row = int(wrong[0])
+        raise UserError(
+            f"data.root={data.root}: image {found.keys[row]!r} has label {found.labels[row]}, "
+            f"but there are {len(classes)} classes (0 to {len(classes) - 1})"
+        )
+
+
+def _constants(found: Found, data: DataConfig, native: tuple[int, int] | None) -> tuple[RGB, RGB]:
+    """Mean and deviation: the user's, the source's, measured for small images, else ImageNet's."""
+    if data.mean is not None and data.std is not None:
+        return data.mean, data.std
+    if found.constants is not None:
+        mean, std = found.constants
+    elif native and not isinstance(found.images, FileImages):
+        mean, std = measure(found.images, by_hash(found.keys)[:MEASURED])
+    else:
+        mean, std = IMAGENET
+    return data.mean or mean, data.std or std
+
+
+def native_size(images: Images) -> tuple[int, int] | None:
+    """(rows, columns) if the first 64 images, broken ones aside, have one size of at most 96 px; else None."""
+    if isinstance(images, PixelImages):
+        rows, cols = images.pixels.shape[1:3]
+        return (rows, cols) if max(rows, cols) <= SMALL else None
+    if isinstance(images, ParquetImages):
+        first = images.first(PROBED)
+    else:
+        count = len(images.paths) if isinstance(images, FileImages) else len(images.column)
+        first = [data for _, data in images.scan(np.arange(min(PROBED, count)))]
+    sizes = set()
+    for data in first:
+        try:
+            sizes.add(header_size(data))
+        except BrokenImage:
+            continue  # reported when the images are used
+    size = sizes.pop() if len(sizes) == 1 else None
+    return size if size and max(size) <= SMALL else None
+
+
+def measure(images: Images, rows: Rows) -> tuple[RGB, RGB]:
+    """Mean and deviation per channel over the pixels of some images (broken ones aside), to 4 decimals."""
+    total, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+    for pixels in _arrays(images, rows):
+        flat = pixels.reshape(-1, 3).astype(np.int64)
+        total, squares, count = total + flat.sum(0), squares + (flat**2).sum(0), count + len(flat)
+    if not count:
+        return IMAGENET
+    mean = total / count / 255
+    std = np.sqrt(np.maximum(squares / count / 255**2 - mean**2, 1e-6))
+    return _rgb(mean), _rgb(std)
+
+
+def _arrays(images: Images, rows: Rows) -> list[npt.NDArray[np.uint8]]:
+    if isinstance(images, PixelImages):
+        return [images.pixels[row] for row in rows]
+    out = []
+    for _, data in images.scan(rows):
+        try:
+            out.append(np.asarray(decode(data)))
+        except BrokenImage:
+            continue  # reported when the images are used
+    return out
+
+
+def _rgb(values: npt.NDArray[np.float64]) -> RGB:
+    red, green, blue = (round(float(value), 4) for value in values)
+    return red, green, blue
+
+
+def fingerprint_of(images: Images, labels: Rows, keys: Sequence[str]) -> str:
+    """32 hex digits from all labels and keys, and the bytes of 16 images, whatever the order of the rows."""
+    order = by_hash(keys)
+    state = hashlib.sha256()
+    for row in order:
+        state.update(f"{labels[row]} {keys[row]}\n".encode())
+    sampled = order[np.linspace(0, len(order) - 1, min(FINGERPRINTED, len(order))).astype(np.int64)]
+    if isinstance(images, PixelImages):
+        state.update(images.pixels[sampled].tobytes())
+    else:
+        state.update(b"".join(data for _, data in sorted(images.scan(sampled))))
+    return state.hexdigest()[:32]
