@@ -1,8 +1,8 @@
 """What a run measured: first a journal on disk, then MLflow.
 
-`journal` has no dependencies and is all that the training loop knows. `MlflowRun` follows one run directory from
-the driver and ships what a checkpoint already covers, so that a redo after a crash never yields a second point;
-`SweepRun` is the parent of a sweep's trials. MLflow is optional and imported only when one of them is made.
+`journal` has no dependencies and is all that the training loop knows. `MlflowRun` follows one run directory
+from the driver and ships what a checkpoint already covers, so that a redo after a crash never yields a second
+point; `SweepRun` is the parent of a sweep's trials. MLflow is optional and imported only when one is made.
 """
 
 from bootvit.tracking.journal import Journal, Record, read_journal

@@ -21,7 +21,7 @@ def mlflow_available() -> bool:
 
 
 def tracking_uri(given: str | None) -> str:
-    """`tracking.uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the current folder; SQLite paths made absolute."""
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the current folder; absolute."""
     name, uri = "tracking.uri", given
     if uri is None and os.environ.get("MLFLOW_TRACKING_URI"):
         name, uri = "MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"]
@@ -69,8 +69,8 @@ def connect(uri: str) -> Any:
 def _create_sqlite(path: Path) -> None:
     """Create the database under another name and link it into place.
 
-    Processes that create one database together make MLflow's migration crash; this way each makes its own, the
-    first one is kept, and a process that is killed meanwhile leaves no half-made database.
+    Processes that create one database together make MLflow's migration crash; this way each makes its own,
+    the first one is kept, and a process that is killed meanwhile leaves no half-made database.
     """
     from mlflow.tracking import MlflowClient
 
@@ -79,14 +79,14 @@ def _create_sqlite(path: Path) -> None:
     MlflowClient(f"{SQLITE}{temporary}").get_experiment("0")
     try:
         os.link(temporary, path)
-    except FileExistsError:
-        pass  # another process was first: its database is as good
+    except OSError:
+        pass  # another process was first; or no hard links here, and then MLflow creates it in place
     finally:
         temporary.unlink()
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:
-    """The experiment of that name, created if need be; beside an SQLite file its artifacts lie in `mlruns`."""
+    """The experiment of that name, created if need be; artifacts of an SQLite store lie beside it."""
     from mlflow.exceptions import MlflowException
 
     found = client.get_experiment_by_name(name)

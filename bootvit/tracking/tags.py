@@ -21,14 +21,17 @@ TAG_LIMIT = 8000
 DIGEST_LIMIT = 36  # of an MLflow data set
 
 
-def run_tags(config: Config, *, data_fingerprint: str | None = None, subset_digest: str | None = None) -> dict[str, str]:
-    """The tags of a run; what is not known yet (None) is left out and may be set later by `MlflowRun.set_tags`."""
+def run_tags(
+    config: Config, *, data_fingerprint: str | None = None, subset_digest: str | None = None
+) -> dict[str, str]:
+    """The tags of a run; what is not known yet (None) is left out, for `MlflowRun.set_tags` to add."""
     version = source_version()
     tags: dict[str, str | None] = {
         "mlflow.runName": config.name,
         "mlflow.source.name": "bootvit",
         "mlflow.source.type": "JOB" if ray_job_id() else "LOCAL",
         "mlflow.source.git.commit": git_commit(),
+        "bootvit.kind": "run",
         "bootvit.git": version,
         "bootvit.method": config.method,
         "bootvit.fraction": str(config.data.fraction),
@@ -43,7 +46,7 @@ def run_tags(config: Config, *, data_fingerprint: str | None = None, subset_dige
 
 
 def data_name(source: str, root: str | None) -> str:
-    """What a data set is called in tables: its source, or its folder's name where the source is only a format."""
+    """What a data set is called in tables: its source, or its folder where the source is a format."""
     generic = source in ("imagefolder", "parquet")
     return Path(root).name or source if generic and root else source
 
@@ -60,7 +63,7 @@ def param_text(value: Any) -> str:
 
 
 def source_version() -> str:
-    """The git commit of the source tree (`-dirty` when it differs), or the version of the installed package."""
+    """The git commit of the source tree (`-dirty` when it differs), or the installed package's version."""
     commit = git_commit()
     if commit is None:
         return package_version()
@@ -76,7 +79,7 @@ def package_version() -> str:
 
 
 def git_commit() -> str | None:
-    """The commit of the tree that this package is imported from; None when it is not a git checkout of its own."""
+    """The commit of the tree that this package lies in; None when that is no git checkout of its own."""
     return _git("rev-parse", "HEAD")
 
 

@@ -1,0 +1,50 @@
+"""`mlflow.json`: which MLflow run belongs to a folder, and how far it has got there."""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from bootvit.errors import UserError
+
+Status = Literal["FINISHED", "FAILED", "KILLED"]
+
+
+class RunLink(BaseModel):
+    """Kept beside the run, so that the same MLflow run is found again whatever happened in between."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run_key: str  # ours, made before the run is created: a crash in between cannot make a second one
+    run_id: str | None = None  # MLflow's
+    uri: str = ""  # for people; without a password
+    experiment: str = ""
+    shipped_step: int = -1  # the journal is there up to this step
+    ended: Status | None = None  # how the run ended; None while it goes on
+    complete: bool = False  # whether MLflow has been told so, artifacts included
+
+    @classmethod
+    def load(cls, path: Path) -> RunLink:
+        """The link that is there, else a new one, which is written at once."""
+        if not path.exists():
+            link = cls(run_key=uuid.uuid4().hex)
+            link.save(path)
+            return link
+        try:
+            return cls.model_validate_json(path.read_text(encoding="utf-8"))
+        except (ValidationError, UnicodeDecodeError) as err:
+            raise UserError(
+                f"{path}: not what bootvit wrote there; remove it to start a new MLflow run"
+            ) from err
+
+    def save(self, path: Path) -> None:
+        """Replace the file as a whole."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
+        os.replace(temporary, path)

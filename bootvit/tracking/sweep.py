@@ -1,0 +1,100 @@
+"""The MLflow run of a sweep: the parent of its trials."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bootvit.tracking.link import Status
+from bootvit.tracking.tags import param_text, source_version
+from bootvit.tracking.tracked import Point, TrackedRun
+
+ENDED = ("finished", "stopped", "failed")
+
+
+class SweepRun(TrackedRun):
+    """One parent run per sweep folder: file, space, the best trial of every group, plots, the ledger.
+
+    Trials become its children by the tag `mlflow.parentRunId` (`MlflowRun(..., parent=sweep_run.run_id)`).
+    """
+
+    def __init__(
+        self,
+        sweep_dir: Path,
+        uri: str,
+        experiment: str,
+        *,
+        name: str,
+        space: Mapping[str, Any],
+        file: Path | None,
+    ) -> None:
+        self._file = file
+        tags = {
+            "mlflow.runName": name,
+            "mlflow.source.name": "bootvit",
+            "bootvit.kind": "sweep",
+            "bootvit.sweep": name,
+            "bootvit.git": source_version(),
+        }
+        params = {f"space/{key}": param_text(value) for key, value in space.items()}
+        super().__init__(sweep_dir, uri, experiment, tags=tags, params=params)
+
+    def update(self, document: Mapping[str, Any]) -> None:
+        """Send what `sweep.json` says now: trials and cost so far, and the best of every group."""
+        self._attempt(lambda: self._send_state(document))
+
+    def add_files(self, files: Sequence[Path]) -> None:
+        """Attach files, such as plots and the ledger of costs, below `report`."""
+        self._attempt(lambda: self._send_files(files))
+
+    def finish(self, status: Status, document: Mapping[str, Any], files: Sequence[Path] = ()) -> None:
+        """Send the last state and the files, and set the status."""
+
+        def end() -> None:
+            self._send_state(document)
+            self._send_files(files)
+            self._terminate(status)
+
+        self._attempt(end, now=True)
+
+    def _on_connect(self, run: Any) -> None:
+        if self._file:
+            self._send_file(self._file)
+        if run.info.status != "RUNNING":
+            self._reopen()
+
+    def _send_state(self, document: Mapping[str, Any]) -> None:
+        self._send_points(state_points(document, int(time.time() * 1000)))
+        best = document.get("best") or {}
+        self._send_tags(
+            {f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best.items()}
+        )
+        if (self._folder / "sweep.json").exists():
+            self._send_file(self._folder / "sweep.json")
+
+    def _send_files(self, files: Sequence[Path]) -> None:
+        for file in files:
+            self._send_file(file, "report")
+
+
+def state_points(document: Mapping[str, Any], timestamp: int) -> Iterator[Point]:
+    """A sweep's state as metrics; the step is the number of trials that have ended, so it only grows."""
+    trials = document.get("trials") or []
+    step = sum(trial["status"] in ENDED for trial in trials)
+    for status in ENDED:
+        yield Point(f"trials/{status}", sum(trial["status"] == status for trial in trials), timestamp, step)
+    for key in ("seconds", "gpu_seconds"):
+        yield Point(f"cost/{key}", sum(trial.get(key) or 0.0 for trial in trials), timestamp, step)
+    for group, found in (document.get("best") or {}).items():
+        for part in ("held_out", "final"):
+            for network, scores in (found.get(part) or {}).items():
+                yield Point(f"best/{safe_name(group)}/{part}/{network}/top1", scores["top1"], timestamp, step)
+
+
+def safe_name(group: str) -> str:
+    """A group as part of a metric's or a tag's name: MLflow knows letters, digits and `_ - . space : /`."""
+    return re.sub(r"[^\w\-. :/]", "_", group.replace("=", ":"), flags=re.ASCII)[:150]

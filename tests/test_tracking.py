@@ -1,0 +1,552 @@
+"""The journal, and MLflow behind it: every point once, whatever is cut, killed or down in between."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bootvit.config import Config
+from bootvit.errors import UserError
+from bootvit.tracking import (
+    Journal,
+    MlflowRun,
+    Record,
+    SweepRun,
+    follow,
+    read_journal,
+    run_tags,
+    tracking_uri,
+)
+from bootvit.tracking.store import connect, public
+from bootvit.tracking.sweep import state_points
+from bootvit.tracking.tags import param_text, ray_job_id
+
+
+def rec(step: int, name: str = "train/vit/loss", value: float | None = None, epoch: int = 0) -> Record:
+    return Record(step, epoch, name, float(step) if value is None else value, 1_700_000_000.0 + step)
+
+
+# ------------------------------------------------------------------------------------------------ journal
+
+
+def test_journal_returns_what_was_written(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "run" / "metrics.jsonl")
+    written = [
+        rec(1),
+        rec(2, "test/vit/top1", 12.5, epoch=3),
+        rec(3, value=math.inf),
+        rec(4, value=-math.inf),
+    ]
+    journal.write(written[:2])
+    journal.write(written[2:])
+    records, end = read_journal(journal.path)
+    assert records == written
+    assert end == journal.path.stat().st_size
+
+
+def test_journal_is_strict_json_with_nan_as_text(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.write([rec(1, value=math.nan)])
+    line = json.loads(
+        journal.path.read_text(), parse_constant=lambda word: pytest.fail(f"{word} is not JSON")
+    )
+    assert line == {"step": 1, "epoch": 0, "name": "train/vit/loss", "value": "nan", "time": 1_700_000_001.0}
+    assert math.isnan(read_journal(journal.path)[0][0].value)
+
+
+def test_reading_goes_on_from_an_offset_and_leaves_a_line_in_progress(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.write([rec(1)])
+    with journal.path.open("a") as file:
+        file.write('{"step": 2, "epo')
+    first, offset = read_journal(journal.path)
+    with journal.path.open("a") as file:
+        file.write('ch": 0, "name": "a", "value": 1, "time": 2}\n')
+    second, _ = read_journal(journal.path, offset)
+    assert [r.step for r in first + second] == [1, 2]
+    assert read_journal(tmp_path / "absent.jsonl", 7) == ([], 7)
+
+
+def test_cut_drops_later_steps_and_a_torn_line_and_leaves_the_rest_as_it_was(tmp_path: Path) -> None:
+    journal = Journal(tmp_path / "metrics.jsonl")
+    journal.write([rec(1), rec(2)])
+    before = journal.path.read_bytes()
+    journal.write([rec(3)])
+    with journal.path.open("a") as file:
+        file.write('{"step": 1, "epoch": 0, "na')
+    journal.cut(2)
+    assert journal.path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_journal_opened_after_a_crash_does_not_glue_lines_together(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    Journal(path).write([rec(1)])
+    with path.open("a") as file:
+        file.write('{"step": 2')
+    Journal(path).write([rec(3)])
+    assert [r.step for r in read_journal(path)[0]] == [1, 3]
+
+
+def test_a_broken_line_names_its_file(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": "x"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: no journal record"):
+        read_journal(path)
+
+
+# ------------------------------------------------------------------------------------------------- places
+
+
+def test_uri_from_config_then_environment_then_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    assert tracking_uri(None) == f"sqlite:///{tmp_path}/mlflow.db"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
+    assert tracking_uri(None) == "http://host:5000"
+    assert tracking_uri("sqlite:///sub/other.db") == f"sqlite:///{tmp_path}/sub/other.db"
+    with pytest.raises(UserError, match=r"tracking\.uri='mlflow\.db': not a URI, such as"):
+        tracking_uri("mlflow.db")
+
+
+def test_passwords_are_not_shown() -> None:
+    assert public("http://me:secret@host:5000/x") == "http://***@host:5000/x"
+
+
+def test_tags_name_the_run_its_data_and_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_7"}}')
+    config = Config.model_validate({"name": "a", "seed": 3, "method": "shared", "data": {"fraction": 0.1}})
+    tags = run_tags(config, data_fingerprint="f00", subset_digest="d1")
+    expected = {
+        "mlflow.runName": "a",
+        "mlflow.source.type": "JOB",
+        "bootvit.method": "shared",
+        "bootvit.fraction": "0.1",
+        "bootvit.seed": "3",
+        "bootvit.data": "digits",
+        "bootvit.data_fingerprint": "f00",
+        "bootvit.subset_digest": "d1",
+        "bootvit.host": socket.gethostname(),
+        "bootvit.ray_job_id": "raysubmit_7",
+    }
+    assert tags.items() >= expected.items()
+    assert tags["bootvit.git"]
+    assert "bootvit.data_fingerprint" not in run_tags(config)
+    assert ray_job_id({}) is None
+
+
+def test_a_long_parameter_is_cut_to_the_limit() -> None:
+    assert len(param_text("x" * 7000)) == 6000
+    assert param_text(0.1) == "0.1"
+    assert param_text(None) == "null"
+
+
+# ------------------------------------------------------------------------------------------------- MLflow
+
+
+class Store:
+    """A real SQLite store, and a run directory as the loop writes it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.uri = f"sqlite:///{folder}/mlflow.db"
+        self.run_dir = folder / "runs" / "a"
+        self.journal = Journal(self.run_dir / "metrics.jsonl")
+
+    def config(self, **changes: Any) -> Config:
+        return Config.model_validate({"name": "a", "tracking": {"uri": self.uri}} | changes)
+
+    def open(self, **changes: Any) -> MlflowRun:
+        config = self.config(**changes)
+        return MlflowRun(config, self.run_dir, tags=run_tags(config))
+
+    def checkpoint(self, epoch: int, step: int, *, final: bool = False) -> None:
+        folder = self.run_dir / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        (folder / f"epoch-{epoch:04d}.pt").write_bytes(b"weights")
+        meta = {"epoch": epoch, "step": step, "sha256": "0", "final": final}
+        (folder / f"epoch-{epoch:04d}.json").write_text(json.dumps(meta))
+
+    def result(self, **changes: Any) -> dict[str, Any]:
+        result = {
+            "status": "finished",
+            "epochs": 2,
+            "final": {"vit": {"top1": 51.5, "top5": 90.0}},
+            "held_out": None,
+            "seconds": 3.0,
+            "gpu_seconds": 0.0,
+            "images_per_second": None,
+            "data_fingerprint": "f00d",
+        } | changes
+        (self.run_dir / "result.json").write_text(json.dumps(result))
+        return result
+
+    def runs(self) -> list[Any]:
+        client = connect(self.uri)
+        return list(client.search_runs([e.experiment_id for e in client.search_experiments()]))
+
+    def points(self, key: str = "train/vit/loss") -> list[tuple[int, float]]:
+        """(step, value) of the only run, duplicates included."""
+        (run,) = self.runs()
+        return [(m.step, m.value) for m in connect(self.uri).get_metric_history(run.info.run_id, key)]
+
+
+@pytest.fixture(scope="module")
+def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty database, made once: MLflow's migrations take seconds."""
+    path = tmp_path_factory.mktemp("template") / "mlflow.db"
+    connect(f"sqlite:///{path}")
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path, template: Path) -> Store:
+    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+    return Store(tmp_path)
+
+
+def test_only_what_a_checkpoint_covers_is_shipped_and_only_once(store: Store) -> None:
+    run = store.open()
+    store.journal.write([rec(1), rec(2), rec(3)])
+    run.sync()
+    assert store.points() == []
+    store.checkpoint(1, step=2)
+    run.sync()
+    run.sync()
+    assert store.points() == [(1, 1.0), (2, 2.0)]
+    store.checkpoint(2, step=3)
+    run.sync()
+    assert store.points() == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def test_a_driver_killed_and_resumed_continues_the_same_run_without_a_second_point(store: Store) -> None:
+    store.journal.write([rec(1), rec(2), rec(3)])
+    store.checkpoint(1, step=2)
+    store.open().sync()  # killed here, with step 3 still to be covered
+    store.journal.cut(2)
+    store.journal.write([rec(3)._replace(time=1_800_000_000.0), rec(4)])
+    store.checkpoint(2, step=4)
+    store.open().sync()
+    assert sorted(store.points()) == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0)]
+
+
+def test_a_run_that_falls_back_behind_what_was_shipped_adds_no_duplicates(store: Store) -> None:
+    """The newest checkpoint turned out broken: its steps are done again, at other times."""
+    run = store.open()
+    store.journal.write([rec(1), rec(2), rec(3)])
+    store.checkpoint(2, step=3)
+    run.sync()
+    store.journal.cut(1)
+    store.journal.write([rec(s)._replace(time=1_800_000_000.0 + s) for s in (2, 3, 4)])
+    store.checkpoint(3, step=4)
+    run.sync()
+    assert sorted(step for step, _ in store.points()) == [1, 2, 3, 4]
+
+
+def test_a_crash_between_sending_and_noting_it_down_sends_nothing_twice(store: Store) -> None:
+    store.journal.write([rec(1), rec(2)])
+    store.checkpoint(1, step=2)
+    run = store.open()
+    link = (store.run_dir / "mlflow.json").read_text()
+    run.sync()
+    (store.run_dir / "mlflow.json").write_text(link)
+    store.open().sync()
+    assert [step for step, _ in store.points()] == [1, 2]
+
+
+def test_a_run_created_but_not_noted_down_is_found_by_its_key(store: Store) -> None:
+    run_id = store.open().run_id
+    path = store.run_dir / "mlflow.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_id": None}))
+    assert store.open().run_id == run_id
+    assert len(store.runs()) == 1
+
+
+def test_a_store_that_lost_the_run_gets_all_of_it_again(store: Store, template: Path) -> None:
+    store.journal.write([rec(1), rec(2)])
+    store.checkpoint(1, step=2)
+    first = store.open()
+    first.sync()
+    connect(store.uri).delete_run(first.run_id)
+    second = store.open()
+    second.sync()
+    assert second.run_id != first.run_id
+    assert store.points() == [(1, 1.0), (2, 2.0)]
+
+
+def test_more_points_than_one_call_takes(store: Store) -> None:
+    store.journal.write([rec(step) for step in range(2500)])
+    store.checkpoint(1, step=2499)
+    store.open().sync()
+    assert [step for step, _ in store.points()] == list(range(2500))
+
+
+def test_values_that_are_not_finite_arrive(store: Store) -> None:
+    store.journal.write([rec(1, value=math.nan), rec(2, value=math.inf), rec(3)])
+    store.checkpoint(1, step=3)
+    store.open().sync()
+    store.open().sync()
+    values = [value for _, value in store.points()]
+    assert math.isnan(values[0])
+    assert values[1] > 1e308
+    assert values[2:] == [3.0]
+
+
+def test_parameters_tags_data_set_and_config_describe_the_run(store: Store) -> None:
+    long = "x" * 7000
+    config = store.config(data={"root": long}, method="vit")
+    MlflowRun(config, store.run_dir, tags=run_tags(config, data_fingerprint="f00d")).sync()
+    (run,) = store.runs()
+    assert run.data.params["optim.lr"] == "0.001"
+    assert run.data.params["data.root"].startswith("xxx")
+    assert len(run.data.params["data.root"]) == 6000
+    assert run.data.tags["bootvit.method"] == "vit"
+    (data_set,) = run.inputs.dataset_inputs
+    assert (data_set.dataset.name, data_set.dataset.digest) == ("digits", "f00d")
+    client = connect(store.uri)
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
+    assert run.info.artifact_uri.startswith((store.run_dir.parents[1] / "mlruns" / "bootvit").as_uri())
+
+
+def test_a_parameter_changed_on_resume_becomes_a_tag(store: Store) -> None:
+    store.open()
+    store.open(ray={"num_workers": 3})
+    (run,) = store.runs()
+    assert run.data.params["ray.num_workers"] == "1"
+    assert run.data.tags["bootvit.resumed_with"] == "ray.num_workers=3"
+
+
+def test_finish_sends_the_final_numbers_and_files_and_is_the_same_twice(store: Store) -> None:
+    run = store.open()
+    (store.run_dir / "config.yaml").write_text("name: a\n")
+    store.journal.write([rec(1), rec(2, "test/vit/top1", 51.5, epoch=1)])
+    store.checkpoint(2, step=2, final=True)
+    result = store.result()
+    run.finish("FINISHED", result)
+    store.open().finish("FINISHED", result)
+    (found,) = store.runs()
+    assert found.info.status == "FINISHED"
+    assert found.data.metrics["final/vit/top1"] == 51.5
+    assert found.data.metrics["epoch"] == 2
+    assert len(store.points("final/vit/top1")) == 1
+    client = connect(store.uri)
+    names = [item.path for item in client.list_artifacts(found.info.run_id)]
+    assert names == ["checkpoint", "config.yaml", "result.json"]
+    weights = [item.path for item in client.list_artifacts(found.info.run_id, "checkpoint")]
+    assert weights == ["checkpoint/epoch-0002.json", "checkpoint/epoch-0002.pt"]
+    assert [item.dataset.digest for item in found.inputs.dataset_inputs] == ["f00d"]
+
+
+def test_resuming_a_failed_run_sets_it_running_again(store: Store) -> None:
+    store.open().finish("FAILED", {})
+    assert store.runs()[0].info.status == "FAILED"
+    store.open()
+    (run,) = store.runs()
+    assert run.info.status == "RUNNING"
+
+
+def test_a_finished_run_stays_finished_until_it_gets_more_epochs(store: Store) -> None:
+    store.journal.write([rec(1)])
+    store.checkpoint(1, step=1, final=True)
+    store.open().finish("FINISHED", store.result())
+    again = store.open()
+    again.sync()
+    assert store.runs()[0].info.status == "FINISHED"
+    store.journal.write([rec(2)])
+    store.checkpoint(2, step=2)
+    again.sync()
+    assert store.runs()[0].info.status == "RUNNING"
+    assert [step for step, _ in store.points()] == [1, 2]
+
+
+def test_the_parent_is_a_tag(store: Store) -> None:
+    config = store.config()
+    MlflowRun(config, store.run_dir, tags=run_tags(config), parent="abc")
+    assert store.runs()[0].data.tags["mlflow.parentRunId"] == "abc"
+
+
+def test_follow_ships_in_the_background_until_it_is_stopped(store: Store) -> None:
+    run, stop = store.open(), threading.Event()
+    store.journal.write([rec(1)])
+    store.checkpoint(1, step=1)
+    thread = threading.Thread(target=follow, args=(run, stop, 0.01))
+    thread.start()
+    deadline = time.monotonic() + 30
+    while not store.points() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    stop.set()
+    thread.join(timeout=30)
+    assert not thread.is_alive()
+    assert store.points() == [(1, 1.0)]
+
+
+# ------------------------------------------------------------------------------------- when it goes wrong
+
+
+def unused_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
+def test_a_server_that_is_down_is_one_warning_and_everything_is_shipped_later(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    store.journal.write([rec(1), rec(2)])
+    store.checkpoint(1, step=2, final=True)
+    down = MlflowRun(
+        store.config(tracking={"uri": f"http://me:secret@127.0.0.1:{unused_port()}"}), store.run_dir, tags={}
+    )
+    down.set_tags({"bootvit.subset_digest": "d"})
+    down.sync()
+    down.finish("FINISHED", store.result())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert len(err.splitlines()) == 1
+    assert err.startswith("bootvit: warning: MLflow at http://***@127.0.0.1:")
+    assert "secret" not in err
+    assert down.run_id is None
+
+    store.open().sync()  # `--resume` of the finished run, the store being there again
+    (run,) = store.runs()
+    assert [step for step, _ in store.points()] == [1, 2]
+    assert run.info.status == "FINISHED"
+    assert run.data.metrics["final/vit/top1"] == 51.5
+
+
+class Flaky:
+    """A client of which the n-th batch of metrics is stored, but its answer is lost."""
+
+    def __init__(self, client: Any, fails: int) -> None:
+        self._client, self._fails, self.calls = client, fails, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def log_batch(self, run_id: str, **what: Any) -> None:
+        self._client.log_batch(run_id, **what)
+        if what.get("metrics"):
+            self.calls += 1
+            if self.calls == self._fails:
+                raise ConnectionError("the answer was lost")
+
+
+@pytest.mark.parametrize("fails", [1, 2, 3])
+def test_an_answer_that_is_lost_loses_and_doubles_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], fails: int
+) -> None:
+    monkeypatch.setattr("bootvit.tracking.tracked.RETRY_AFTER", 0.0)
+    store.journal.write([rec(step) for step in range(2500)])
+    store.checkpoint(1, step=2499)
+    run = store.open()
+    run._client = Flaky(run._client, fails)
+    run.sync()
+    assert "the answer was lost" in capsys.readouterr().err
+    run.sync()
+    assert [step for step, _ in store.points()] == list(range(2500))
+
+
+def test_a_damaged_link_names_its_file(store: Store) -> None:
+    (store.run_dir / "mlflow.json").write_text("{")
+    with pytest.raises(UserError, match=r"mlflow\.json"):
+        store.open()
+
+
+CREATE = """
+import sys
+from bootvit.tracking.store import connect, experiment_id
+experiment_id(connect(sys.argv[1]), sys.argv[1], "shared name")
+"""
+
+
+def test_processes_that_start_together_make_one_database_quietly(tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path}/new/mlflow.db"
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", CREATE, uri],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
+    outputs = [process.communicate(timeout=120) for process in started]
+    assert [process.returncode for process in started] == [0, 0], outputs
+    assert outputs == [("", ""), ("", "")]
+    names = Counter(experiment.name for experiment in connect(uri).search_experiments())
+    assert names == {"Default": 1, "shared name": 1}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["mlflow.db"]
+
+
+def test_mlflow_is_quiet(store: Store) -> None:
+    store.open()
+    assert logging.getLogger("alembic").level == logging.ERROR
+    assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
+
+
+# -------------------------------------------------------------------------------------------------- sweeps
+
+SWEEP = {
+    "name": "s",
+    "status": "running",
+    "trials": [
+        {"id": "0", "status": "finished", "seconds": 2.0, "gpu_seconds": 0.5},
+        {"id": "1", "status": "stopped", "seconds": 1.0, "gpu_seconds": None},
+        {"id": "2", "status": "running", "seconds": None},
+    ],
+    "best": {
+        "data.fraction=0.05, method=joint": {
+            "trial": "0",
+            "overrides": {"objective.vit.kd": 0.5},
+            "held_out": {"vit": {"top1": 40.0}},
+            "final": None,
+        }
+    },
+}
+
+
+def test_a_sweep_has_one_parent_run_that_is_found_again(store: Store, tmp_path: Path) -> None:
+    file = tmp_path / "sweep.yaml"
+    file.write_text("name: s\n")
+    plot = tmp_path / "plot.png"
+    plot.write_bytes(b"png")
+
+    def open_sweep() -> SweepRun:
+        space = {"method": {"grid": ["vit", "joint"]}}
+        return SweepRun(tmp_path / "runs" / "s", store.uri, "bootvit", name="s", space=space, file=file)
+
+    first = open_sweep()
+    first.update(SWEEP)
+    second = open_sweep()
+    second.update(SWEEP)
+    second.finish("FINISHED", SWEEP, [plot])
+    assert second.run_id == first.run_id
+    (run,) = store.runs()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["space/method"] == '{"grid": ["vit", "joint"]}'
+    assert run.data.metrics["trials/stopped"] == 1
+    assert run.data.metrics["cost/seconds"] == 3.0
+    assert run.data.metrics["best/data.fraction:0.05_ method:joint/held_out/vit/top1"] == 40.0
+    best = json.loads(run.data.tags["bootvit.best.data.fraction:0.05_ method:joint"])
+    assert best["overrides"] == {"objective.vit.kd": 0.5}
+    assert len(store.points("trials/finished")) == 1
+    client = connect(store.uri)
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["report", "sweep.yaml"]
+
+
+def test_the_step_of_a_sweeps_metrics_is_the_number_of_ended_trials() -> None:
+    assert {point.step for point in state_points(SWEEP, 0)} == {2}
