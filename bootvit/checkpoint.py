@@ -89,7 +89,8 @@ def verify(path: Path) -> bool:
         data = path.read_bytes()
     except FileNotFoundError:
         return False
-    return hashlib.sha256(data).hexdigest() == read_json(path.with_suffix(".json"))["sha256"]
+    expected: str = read_json(path.with_suffix(".json"))["sha256"]
+    return hashlib.sha256(data).hexdigest() == expected
 
 
 def load(path: Path) -> dict[str, Any]:

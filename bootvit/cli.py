@@ -41,7 +41,7 @@ def train(
 ) -> None:
     """Train one run."""
     from bootvit.config import load_config
-    from bootvit.report import print_result
+    from bootvit.progress import print_result
     from bootvit.train import train as run
 
     print_result(run(load_config(config, overrides or []), local=local, resume=resume, overwrite=overwrite))
@@ -60,9 +60,8 @@ def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as
         _print_json(document)
     else:
         for net, counts in document.items():
-            typer.echo(
-                f"{net}: top-1 {counts['top1']:.2f}% ({counts['correct']} of {counts['total']}), top-5 {counts['top5']:.2f}%"
-            )
+            right = f"{counts['correct']} of {counts['total']}"
+            typer.echo(f"{net}: top-1 {counts['top1']:.2f}% ({right}), top-5 {counts['top5']:.2f}%")
 
 
 @app.command()
@@ -98,7 +97,7 @@ def show_config(config: ConfigName, overrides: Overrides = None) -> None:
 def report(
     folders: Annotated[Optional[list[Path]], typer.Argument(metavar="[FOLDER]...")] = None,  # noqa: UP045
     experiment: Annotated[Optional[str], typer.Option(help="read this MLflow experiment instead")] = None,  # noqa: UP045
-    sweep: Annotated[Optional[str], typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,  # noqa: UP045
+    sweep: Annotated[str | None, typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,
     out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:

@@ -98,7 +98,8 @@ class DataConfig(Section):
     mean: tuple[float, float, float] | None = Field(None, description="of RGB in [0, 1]; null: the source's")
     std: tuple[Positive, Positive, Positive] | None = Field(None, description="null: the source's")
     augment: Literal["auto", "crop", "area", "none"] = Field(
-        "auto", description="crop: pad, crop and flip at native size; area: random area crop and flip; auto: by size"
+        "auto",
+        description="crop: pad, crop and flip at native size; area: random area crop and flip; auto: by size",
     )
     crop_padding: int = Field(4, ge=0, description="zero pixels around the image before a crop")
     flip: bool = Field(True, description="mirror half of the training images (not with augment: none)")
@@ -244,7 +245,7 @@ _Loader.add_implicit_resolver(
 
 
 def _unique_mapping(loader: _Loader, node: yaml.MappingNode) -> dict[Any, Any]:
-    keys = [loader.construct_object(key) for key, _ in node.value]  # type: ignore[no-untyped-call]
+    keys = [loader.construct_object(key) for key, _ in node.value]
     for key in keys:
         if keys.count(key) > 1:
             raise yaml.YAMLError(f"the key {key!r} is given twice, line {node.start_mark.line + 1}")
@@ -386,7 +387,10 @@ def explain(err: ValidationError, schema: type[BaseModel], origin: str, origins:
     first = errors[0]
     path = [str(part) for part in first["loc"] if not _is_union_arm(str(part))]
     key = ".".join(path)
-    place = next((o for k, o in origins.items() if key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.")), origin)
+    place = next(
+        (o for k, o in origins.items() if key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.")),
+        origin,
+    )
     if first["type"] == "extra_forbidden":
         return f"{place}: unknown key {key!r}{suggest(schema, path)}"
     reason = first["msg"].removeprefix("Value error, ")

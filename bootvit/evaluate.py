@@ -44,10 +44,9 @@ def evaluate_here(config: Config, run_dir: Path, world: World) -> Document:
     """This worker's part; every rank returns the counts over all."""
     splits = open_splits(config.data)
     state = newest_checkpoint(run_dir)
-    if len(state["data"]["classes"]) != len(splits.classes):
-        raise UserError(
-            f"data.root={config.data.root}: {len(splits.classes)} classes, but the run has {len(state['data']['classes'])}"
-        )
+    classes = len(state["data"]["classes"])
+    if classes != len(splits.classes):
+        raise UserError(f"data.root={config.data.root}: {len(splits.classes)} classes, but the run has {classes}")
     learner = Learner(config, len(splits.classes), world)
     learner.networks.load_state_dict(state["learner"]["networks"])
     subset = splits.test or splits.held_out

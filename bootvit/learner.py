@@ -22,7 +22,11 @@ from bootvit.models.zoo import build_agent, build_vit
 from bootvit.objective import LossTerms, loss_terms, total_loss
 from bootvit.optim import build_optimizer, climb, clip, learning_rate, linear_decay, network_optim, put_back
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}  # of weights; bf16 is autocast
+PRECISIONS = {
+    "fp32": torch.float32,
+    "bf16": torch.float32,
+    "fp64": torch.float64,
+}  # of weights; bf16 is autocast
 
 
 class World(NamedTuple):
@@ -105,7 +109,9 @@ class Learner:
             optim = network_optim(self.config.optim, net, joint)
             only_vit = self.config.method == "shared" and optim.clip_scope == "vit"
             clipped = nets.own_parameters("vit") if only_vit else parameters
-            groups.append(OptimGroup(build_optimizer(parameters, optim), optim.lr, optim.clip_norm, clipped, parameters))
+            groups.append(
+                OptimGroup(build_optimizer(parameters, optim), optim.lr, optim.clip_norm, clipped, parameters)
+            )
         return groups
 
     def _term_names(self) -> list[str]:
@@ -161,7 +167,8 @@ class Learner:
             terms: dict[Network, LossTerms] = self._forward(batch.images, batch.labels)
         decay, objective = self.decay(epoch), self.config.objective
         # DDP averages over workers: weighting by the share of the batch makes uneven shares exact
-        (total_loss(terms, objective, decay) * (share * self.world.size)).backward()
+        loss = total_loss(terms, objective, decay) * (share * self.world.size)
+        loss.backward()  # type: ignore[no-untyped-call]
         losses = [terms[net].total(getattr(objective, net), decay) for net in terms]
         return terms, [loss for loss in losses if loss is not None]
 
@@ -197,8 +204,7 @@ class Learner:
         for batch in batches:
             with self._autocast():
                 features = self.networks.features(batch.images)
-            for row, own in zip(counts, features.values(), strict=True):
-                row += count(own.logits, batch.labels)
+            counts += torch.stack([count(own.logits, batch.labels) for own in features.values()])
         if self.world.size > 1:
             dist.all_reduce(counts)
         return {

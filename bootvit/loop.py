@@ -156,7 +156,9 @@ class Meter:
         self.rows, self.places, self.images, self.since = [], [], 0, now
 
 
-def evaluate_splits(config: Config, learner: Learner, splits: DataSplits, test: TestUse, last: bool) -> dict[str, Scores]:
+def evaluate_splits(
+    config: Config, learner: Learner, splits: DataSplits, test: TestUse, last: bool
+) -> dict[str, Scores]:
     """Counts on the held-out part and, where `test` allows it now, on the test set."""
     now = test != "never" and (last or (test == "auto" and splits.held_out is None))
     wanted: dict[str, Subset | None] = {"held_out": splits.held_out, "test": splits.test if now else None}
@@ -232,7 +234,12 @@ def describe(splits: DataSplits) -> dict[str, Any]:
 
 
 def summarise(
-    config: Config, splits: DataSplits, at: Progress, scores: dict[str, Scores], folder: RunFolder, world: World
+    config: Config,
+    splits: DataSplits,
+    at: Progress,
+    scores: dict[str, Scores],
+    folder: RunFolder,
+    world: World,
 ) -> dict[str, Any]:
     """The content of result.json; `final` is the last epoch's, as in the paper, never the best one's."""
     main = "test" if splits.test is not None else "held_out"
@@ -266,12 +273,12 @@ def percent(scores: Scores | None) -> dict[str, Any] | None:
 
 
 def best(records: list[Record], split: str, networks: tuple[Network, ...]) -> dict[str, Any]:
-    """Each network's best evaluation during the run, with its epoch."""
+    """Each network's best evaluation during the run, and after how many epochs it was."""
     out: dict[str, Any] = {}
     for net in networks:
         top1 = {r.epoch: r.value for r in records if r.name == f"{split}/{net}/top1"}
         top5 = {r.epoch: r.value for r in records if r.name == f"{split}/{net}/top5"}
         if top1:
             epoch = max(top1, key=lambda e: (top1[e], -e))
-            out[net] = {"top1": round(top1[epoch], 4), "top5": round(top5[epoch], 4), "epoch": epoch}
+            out[net] = {"top1": round(top1[epoch], 4), "top5": round(top5[epoch], 4), "epoch": epoch + 1}
     return out

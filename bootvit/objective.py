@@ -24,14 +24,22 @@ class LossTerms(NamedTuple):
         """The weighted sum, the hint times `decay`; None where no term is computed."""
         parts = [
             weight * term
-            for weight, term in ((weights.ce, self.ce), (weights.kd, self.kd), (weights.hint * decay, self.hint))
+            for weight, term in (
+                (weights.ce, self.ce),
+                (weights.kd, self.kd),
+                (weights.hint * decay, self.hint),
+            )
             if term is not None
         ]
         return sum(parts[1:], start=parts[0]) if parts else None
 
 
 def loss_terms(
-    student: Features, peer: Features | None, labels: Tensor, weights: NetworkObjective, objective: ObjectiveConfig
+    student: Features,
+    peer: Features | None,
+    labels: Tensor,
+    weights: NetworkObjective,
+    objective: ObjectiveConfig,
 ) -> LossTerms:
     """`student`'s terms; without a peer only cross entropy. `labels` (batch,) int64."""
     ce = F.cross_entropy(student.logits, labels) if weights.ce else None
@@ -82,8 +90,8 @@ def to_same_length(a: Tensor, b: Tensor, pool: str) -> tuple[Tensor, Tensor]:
         runs, rest = divmod(a.shape[1] * a.shape[2], rows * cols)
         if rest:
             raise ValueError(f"a map of {tuple(a.shape[1:3])} is no whole multiple of {(rows, cols)}")
-        return a.flatten(1, 2).unflatten(1, (-1, runs)).mean(2), b.flatten(1, 2)
+        return a.reshape(a.shape[0], rows * cols, runs, -1).mean(2), b.flatten(1, 2)
     if a.shape[1] % rows or a.shape[2] % cols:
         raise ValueError(f"a map of {tuple(a.shape[1:3])} is no whole multiple of {(rows, cols)}")
-    tiles = a.unflatten(2, (cols, -1)).unflatten(1, (rows, -1))  # (batch, rows, r, cols, c, width)
+    tiles = a.reshape(a.shape[0], rows, a.shape[1] // rows, cols, a.shape[2] // cols, -1)
     return tiles.mean((2, 4)).flatten(1, 2), b.flatten(1, 2)

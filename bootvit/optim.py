@@ -18,7 +18,9 @@ def learning_rate(schedule: ScheduleConfig, base: float, epoch: float) -> float:
         rate = base * (1 + cos(pi * epoch / (schedule.period or schedule.epochs))) / 2
     if epoch < schedule.warmup_epochs:
         done = epoch / schedule.warmup_epochs
-        rate *= schedule.warmup_factor * (1 - done) + done if schedule.warmup_mode == "linear" else schedule.warmup_factor
+        rate *= (
+            schedule.warmup_factor * (1 - done) + done if schedule.warmup_mode == "linear" else schedule.warmup_factor
+        )
     return rate
 
 
@@ -51,12 +53,12 @@ def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> None:
 
 @torch.no_grad()
 def climb(parameters: Sequence[nn.Parameter], rho: float) -> list[Tensor]:
-    """Move the weights by rho g / (|g| + 1e-12), the SAM ascent (Foret et al., 2021, eq. 2); returns the old weights."""
-    moved = [p for p in parameters if p.grad is not None]
+    """Move the weights by rho g / (|g| + 1e-12), SAM's ascent (Foret et al., 2021, eq. 2); returns the old weights."""
     old = [p.detach().clone() for p in parameters]
-    norm = torch.nn.utils.get_total_norm([p.grad for p in moved])
-    for p in moved:
-        p.add_(p.grad * (rho / (norm + 1e-12)))
+    moved = [(p, p.grad) for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm([grad for _, grad in moved])
+    for p, grad in moved:
+        p.add_(grad * (rho / (norm + 1e-12)))
     return old
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import TextIO
+from typing import Any, TextIO
 
 from bootvit.config import Config
 from bootvit.runs import RunFolder
@@ -33,6 +33,29 @@ def speak(values: dict[str, float], names: tuple[str, ...]) -> str:
     if "train/images_per_second" in values:
         parts.append(f"{values['train/images_per_second']:.0f} images/s")
     return "  ".join(parts)
+
+
+def print_result(result: dict[str, Any]) -> None:
+    """The final table of a run."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title=f"{result['name']}: {result['epochs']} epochs, fraction {result['fraction']:g}", title_justify="left"
+    )
+    for heading in ("network", "final top-1", "final top-5", "held-out top-1", "best top-1 (epoch)"):
+        table.add_column(heading, justify="left" if heading == "network" else "right")
+    for net, final in (result["final"] or result["held_out"] or {}).items():
+        held = (result["held_out"] or {}).get(net)
+        best = result["best"].get(net)
+        table.add_row(
+            net,
+            f"{final['top1']:.2f}",
+            f"{final['top5']:.2f}",
+            f"{held['top1']:.2f}" if held else "-",
+            f"{best['top1']:.2f} ({best['epoch']})" if best else "-",
+        )
+    Console().print(table)
 
 
 class _Lines:

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
 from bootvit.progress import follow_progress
 from bootvit.runs import RunFolder, claim
-from bootvit.tracking import MlflowRun, follow, git_commit, mlflow_available, run_tags
+from bootvit.tracking import MlflowRun, follow, mlflow_available, run_tags, source_version
 
 
 def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -48,10 +49,14 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
 
 
 def finish(
-    config: Config, folder: RunFolder, splits: DataSplits, run: Callable[[], dict[str, Any]], tracked: MlflowRun | None
+    config: Config,
+    folder: RunFolder,
+    splits: DataSplits,
+    run: Callable[[], dict[str, Any]],
+    tracked: MlflowRun | None,
 ) -> dict[str, Any]:
     """Run it, and record how it ended in result.json and MLflow, whatever happens."""
-    ids = {"git": git_commit(), "mlflow_run_id": tracked.run_id if tracked else None}
+    ids = {"git": source_version(), "mlflow_run_id": tracked.run_id if tracked else None}
     ends: dict[type[BaseException], Literal["failed", "interrupted"]] = {
         KeyboardInterrupt: "interrupted",
         RunFailed: "failed",
@@ -98,7 +103,8 @@ def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator
     """Follow the journal in the background: progress on the terminal, points to MLflow."""
     tracked = None
     if config.tracking.enabled and mlflow_available():
-        tracked = MlflowRun(config, folder.path, tags=run_tags(config, splits))
+        tags = run_tags(config, data_fingerprint=splits.fingerprint, subset_digest=splits.train.digest)
+        tracked = MlflowRun(config, folder.path, tags=tags)
     elif config.tracking.enabled:
         print("MLflow is not installed: this run is only in its folder", file=sys.stderr)
     stop = threading.Event()
@@ -166,7 +172,8 @@ def start_ray(config: Config) -> None:
             f"the cluster has {there.get('CPU', 0):g}"
         )
     if config.ray.use_gpu and there.get("GPU", 0) < config.ray.num_workers:
-        raise UserError(f"ray.use_gpu=true with {config.ray.num_workers} workers: the cluster has {there.get('GPU', 0):g} GPUs")
+        gpus = there.get("GPU", 0)
+        raise UserError(f"ray.use_gpu=true, ray.num_workers={config.ray.num_workers}: the cluster has {gpus:g} GPUs")
 
 
 def importlib_missing(name: str) -> bool:
@@ -228,7 +235,8 @@ def original_error(err: Exception) -> Exception:
             if type(failure).__name__ == kind.__name__ or f"{kind.__name__}:" in str(failure):
                 return kind(str(failure).split(f"{kind.__name__}:")[-1].strip().splitlines()[0])
     first = errors[0] if errors else err
-    return RunFailed(f"a worker failed: {type(first).__name__}: {str(first).strip().splitlines()[-1] if str(first) else ''}")
+    last_line = (str(first).strip().splitlines() or [""])[-1]
+    return RunFailed(f"a worker failed: {type(first).__name__}: {last_line}")
 
 
 def clear_ray_storage(config: Config) -> None:
@@ -241,7 +249,6 @@ def clear_ray_storage(config: Config) -> None:
 def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     """One worker of Ray Train: the loop, with a report an epoch as a sign of life."""
     import ray.train
-    from pathlib import Path
 
     config = validate(Config, job["config"], "job")
     world = ray_world(config)

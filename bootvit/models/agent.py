@@ -4,7 +4,7 @@ D width, H heads. Maps are (batch, D, rows, cols) inside and (batch, rows, cols,
 """
 
 from collections.abc import Sequence
-from math import ceil, isqrt, sqrt
+from math import ceil, sqrt
 from typing import Literal
 
 import torch
@@ -48,16 +48,22 @@ class HeadTapConv(nn.Module):
         self.weight = nn.Parameter(torch.empty(width, width, len(taps)))
         self.bias = nn.Parameter(torch.zeros(width))
         rows, cols = [dy for dy, _ in taps], [dx for _, dx in taps]
-        self.pad = (max(0, -min(cols)), max(0, max(cols)), max(0, -min(rows)), max(0, max(rows)))  # left right top bottom
+        self.pad = (
+            max(0, -min(cols)),
+            max(0, *cols),
+            max(0, -min(rows)),
+            max(0, *rows),
+        )  # left right top bottom
         self.window = (self.pad[2] + self.pad[3] + 1, self.pad[0] + self.pad[1] + 1)
         places = [(dy + self.pad[2]) * self.window[1] + dx + self.pad[0] for dy, dx in taps]
+        self.places: Tensor
         self.register_buffer("places", torch.tensor(places), persistent=False)
         nn.init.xavier_uniform_(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, D, rows, cols) -> the same, zero-padded."""
         kernel = self.weight.new_zeros(*self.weight.shape[:2], self.window[0] * self.window[1])
-        kernel = kernel.index_copy(2, self.places, self.weight).unflatten(2, self.window)
+        kernel = kernel.index_copy(2, self.places, self.weight).view(*self.weight.shape[:2], *self.window)
         return F.conv2d(F.pad(x, self.pad), kernel, self.bias)
 
 
@@ -71,7 +77,9 @@ class ConvMLP(nn.Sequential):
 class AgentBlock(nn.Module):
     """`mixer` then `mlp`, each with batch norm and a residual; the method decides which modules these are."""
 
-    def __init__(self, mixer: nn.Module, mlp: nn.Module, width: int, norm: Literal["pre", "post"], dropout: float) -> None:
+    def __init__(
+        self, mixer: nn.Module, mlp: nn.Module, width: int, norm: Literal["pre", "post"], dropout: float
+    ) -> None:
         super().__init__()
         self.mixer, self.mlp, self.pre_norm = mixer, mlp, norm == "pre"
         self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
@@ -81,9 +89,11 @@ class AgentBlock(nn.Module):
         """(batch, D, rows, cols) -> the same."""
         if self.pre_norm:
             x = x + self.drop(self.mixer(self.norm1(x)))
-            return x + self.drop(self.mlp(self.norm2(x)))
-        x = x + self.drop(self.norm1(self.mixer(x)))
-        return x + self.drop(self.norm2(self.mlp(x)))
+            x = x + self.drop(self.mlp(self.norm2(x)))
+        else:
+            x = x + self.drop(self.norm1(self.mixer(x)))
+            x = x + self.drop(self.norm2(self.mlp(x)))
+        return x
 
 
 def patch_stem(width: int, patch: tuple[int, int]) -> nn.Module:
@@ -109,7 +119,12 @@ class Agent(nn.Module):
     """
 
     def __init__(
-        self, stem: nn.Module, blocks: Sequence[AgentBlock], downsample: Sequence[int], width: int, num_classes: int
+        self,
+        stem: nn.Module,
+        blocks: Sequence[AgentBlock],
+        downsample: Sequence[int],
+        width: int,
+        num_classes: int,
     ) -> None:
         super().__init__()
         self.stem = stem
@@ -158,25 +173,26 @@ def init_agent(agent: Agent, rule: Literal["timm", "reference"]) -> None:
                 nn.init.zeros_(module.bias)
     if isinstance(agent.stem, nn.Conv2d):
         nn.init.normal_(agent.stem.weight, std=1.0 if reference else 0.02)
-    biases = [conv.bias for block in agent.blocks for conv in block.mlp.modules() if isinstance(conv, nn.Conv2d)]
+    convs = [m for block in agent.blocks if isinstance(block, AgentBlock) for m in block.mlp.modules()]
     if isinstance(agent.stem, nn.Sequential):
-        biases.append(agent.stem[-1].bias)
-    for bias in biases:
-        nn.init.normal_(bias, mean=1e-6 if reference else 0.0, std=1.0 if reference else 1e-6)
+        convs.append(agent.stem[-1])
+    for conv in convs:
+        if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+            nn.init.normal_(conv.bias, mean=1e-6 if reference else 0.0, std=1.0 if reference else 1e-6)
 
 
-def map_sides(agent_stem: Literal["patch", "resnet"], grid: tuple[int, int], image: tuple[int, int],
-              depth: int, downsample: Sequence[int]) -> list[tuple[int, int]]:  # fmt: skip
+def map_sides(
+    stem: Literal["patch", "resnet"],
+    grid: tuple[int, int],
+    image: tuple[int, int],
+    depth: int,
+    downsample: Sequence[int],
+) -> list[tuple[int, int]]:
     """(rows, cols) of the agent's map at every block, before that block's pool."""
-    sides = grid if agent_stem == "patch" else (ceil(image[0] / 8), ceil(image[1] / 8))
+    sides = grid if stem == "patch" else (ceil(image[0] / 8), ceil(image[1] / 8))
     out = []
     for i in range(depth):
         out.append(sides)
         if i in downsample:
             sides = (sides[0] // 2, sides[1] // 2)
     return out
-
-
-def is_square(n: int) -> bool:
-    """Whether n is a square number."""
-    return isqrt(n) ** 2 == n

@@ -1,4 +1,4 @@
-"""BatchNorm over all workers: torch's own on CUDA, and a few lines over all_reduce on the CPU, which torch's refuses."""
+"""BatchNorm over all workers: torch's own on CUDA; it refuses the CPU, so there a few lines over all_reduce."""
 
 from typing import Any, TypeVar
 
@@ -42,11 +42,14 @@ class AllReduceBatchNorm2d(nn.BatchNorm2d):
         var = _SumOverWorkers.apply(centred.square().sum((0, 2, 3))) / total
         self._update_running(mean.detach(), var.detach(), total)
         scale = torch.rsqrt(var + self.eps) * self.weight
-        return centred * scale[None, :, None, None] + self.bias[None, :, None, None]
+        out: Tensor = centred * scale[None, :, None, None] + self.bias[None, :, None, None]
+        return out
 
     @torch.no_grad()
     def _update_running(self, mean: Tensor, var: Tensor, total: Tensor) -> None:
-        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
         self.running_mean.lerp_(mean, self.momentum or 0.1)
         self.running_var.lerp_(var * total / (total - 1), self.momentum or 0.1)
@@ -58,7 +61,7 @@ def synchronise_norms(module: M, device: torch.device) -> M:
     Raises `UserError` on the CPU for timm's norms that carry their own activation.
     """
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-any-return]
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)  # type: ignore[no-any-return, no-untyped-call]
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             setattr(module, name, _converted(child))

@@ -43,7 +43,7 @@ class EntmaxAttention(Attention):  # type: ignore[misc]
 
 
 def sparse_weights(scores: Tensor, alpha: Tensor) -> Tensor:
-    """Alpha-entmax over the last axis by 50 bisection steps, renormalised; at least float32, since it divides by alpha-1."""
+    """Alpha-entmax over the last axis by 50 bisection steps, renormalised, in float32 at least: it needs the digits."""
     with torch.autocast(scores.device.type, enabled=False):
         scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
         rows = alpha.to(scores.dtype).expand(*scores.shape[:-1], 1)

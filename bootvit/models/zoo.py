@@ -58,8 +58,20 @@ default_cfgs = generate_default_cfgs(  # timm looks here for what it knows of ou
     }
 )
 
-SMALL = {"patch_size": 16, "embed_dim": 288, "depth": 6, "num_heads": 9, "norm_layer": partial(nn.LayerNorm, eps=1e-5)}
-BASE = {"patch_size": 16, "embed_dim": 384, "depth": 12, "num_heads": 6, "norm_layer": partial(nn.LayerNorm, eps=1e-6)}
+SMALL = {
+    "patch_size": 16,
+    "embed_dim": 288,
+    "depth": 6,
+    "num_heads": 9,
+    "norm_layer": partial(nn.LayerNorm, eps=1e-5),
+}
+BASE = {
+    "patch_size": 16,
+    "embed_dim": 384,
+    "depth": 12,
+    "num_heads": 6,
+    "norm_layer": partial(nn.LayerNorm, eps=1e-6),
+}
 
 
 def _create(cls: type[VisionTransformer], name: str, pretrained: bool, given: dict[str, Any]) -> VisionTransformer:
@@ -105,8 +117,10 @@ class ViTShape(NamedTuple):
 def named_shape(name: str) -> ViTShape:
     """The shape that a timm name stands for; raises `UserError` if it is not a plain ViT."""
     if not timm.is_model(name):
-        near = [m for m in timm.list_models("*vit*") if m.startswith(name.split("_patch")[0])][:1]
-        raise UserError(f"model.vit.name={name!r} is not a model of timm" + (f"; the nearest is {near[0]!r}" if near else ""))
+        near = [m for m in timm.list_models("*vit*") if m.startswith(name.split("_patch", maxsplit=1)[0])][:1]
+        raise UserError(
+            f"model.vit.name={name!r} is not a model of timm" + (f"; the nearest is {near[0]!r}" if near else "")
+        )
     with torch.device("meta"):
         model = timm.create_model(name)
     if not isinstance(model, VisionTransformer) or not hasattr(model.blocks[0], "attn"):
@@ -157,7 +171,11 @@ def build_vit(config: Config, num_classes: int) -> VisionTransformer:
     if vit.weights not in (None, "timm"):
         sizes["pretrained_cfg_overlay"] = {"file": vit.weights, "num_classes": -1}
     model = timm.create_model(
-        vit.name, pretrained=vit.weights is not None, num_classes=num_classes, img_size=config.image_size, **sizes
+        vit.name,
+        pretrained=vit.weights is not None,
+        num_classes=num_classes,
+        img_size=config.image_size,
+        **sizes,
     )
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
@@ -219,7 +237,11 @@ def _shared_blocks(config: Config, vit: VisionTransformer, taps: tuple[Tap, ...]
     residual = inherited if cfg.residual_dropout is None else cfg.residual_dropout
     return [
         AgentBlock(
-            SharedMixer(block.attn, taps, cfg.value_bias), SharedMLP(block.mlp, dropout), vit.embed_dim, _norm(cfg), residual
+            SharedMixer(block.attn, taps, cfg.value_bias),
+            SharedMLP(block.mlp, dropout),
+            vit.embed_dim,
+            _norm(cfg),
+            residual,
         )
         for block in vit.blocks
     ]
@@ -258,7 +280,9 @@ def _check_agent(config: Config) -> None:
         if not timm.is_model(cfg.name):
             raise UserError(f"model.agent.name={cfg.name!r}: expected agent_small, agent_base or a CNN of timm")
         if config.method == "shared":
-            raise UserError(f"model.agent.name={cfg.name!r} cannot share the ViT's weights: use agent_small or agent_base")
+            raise UserError(
+                f"model.agent.name={cfg.name!r} cannot share the ViT's weights: use agent_small or agent_base"
+            )
         return
     if cfg.weights is not None:
         raise UserError(f"model.agent.weights={cfg.weights!r}: only a CNN of timm starts from weights, not {cfg.name}")
@@ -270,7 +294,9 @@ def _check_agent(config: Config) -> None:
         head_taps(heads, tap_rule(cfg, config.model.vit.name))
     beyond = [i for i in cfg.downsample if i >= shape.depth]
     if beyond:
-        raise UserError(f"model.agent.downsample={list(cfg.downsample)}: there is no block {beyond[0]} of {shape.depth}")
+        raise UserError(
+            f"model.agent.downsample={list(cfg.downsample)}: there is no block {beyond[0]} of {shape.depth}"
+        )
     if min(agent_maps(config)[-1]) < 1:
         raise UserError(f"model.agent.downsample={list(cfg.downsample)}: the map is too small to be halved so often")
 
@@ -319,8 +345,11 @@ def _check_sharable(config: Config) -> None:
     with torch.device("meta"):
         vit = timm.create_model(config.model.vit.name)
     attn, mlp = vit.blocks[0].attn, vit.blocks[0].mlp
-    plain = hasattr(attn, "qkv") and hasattr(mlp, "fc1") and isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity)
+    plain = (
+        hasattr(attn, "qkv") and hasattr(mlp, "fc1") and isinstance(getattr(mlp, "norm", nn.Identity()), nn.Identity)
+    )
     if not plain or not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity) or getattr(attn, "gate", None):
         raise UserError(
-            f"model.vit.name={config.model.vit.name!r}: method=shared needs fused q, k, v and a two-layer MLP; use joint"
+            f"model.vit.name={config.model.vit.name!r}: method=shared needs fused q, k, v and a two-layer MLP; "
+            "use method=joint"
         )
