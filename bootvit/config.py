@@ -49,7 +49,9 @@ class ViTConfig(Section):
     mlp_width: int | None = Field(None, ge=1, description="hidden width of the MLPs; null: as the name says")
     patch: Size | None = Field(None, description="patch size, or [rows, columns]; null: as the name says")
     norm_eps: Positive | None = Field(None, description="LayerNorm's epsilon; null: as the name says")
-    attention: Literal["softmax", "entmax"] = Field("softmax", description="entmax: sparse, alpha learned per block")
+    attention: Literal["softmax", "entmax", "entmax_fixed"] = Field(
+        "softmax", description="entmax: sparse, alpha learned per block; entmax_fixed: alpha stays at 1.5"
+    )
     dropout: Rate = Field(0.0, description="on attention weights, on both residual branches and in the MLP")
     pos_dropout: Rate = Field(0.0, description="after the position table is added")
     weights: str | None = Field(None, description="'timm' (its hub) or a local file to start from; null: from scratch")
@@ -61,6 +63,7 @@ class AgentConfig(Section):
     name: str = Field("agent_small", description="agent_small (3x3), agent_base (one matrix per tap), or a timm CNN")
     norm: Literal["pre", "post"] | None = Field(None, description="null: pre for agent_small, post for agent_base")
     stem: Literal["patch", "resnet"] = "patch"
+    patch: Size | None = Field(None, description="the patch stem's patch, or [rows, columns]; null: the ViT's")
     stem_width: int = Field(64, ge=1, description="channels inside the resnet stem")
     downsample: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="blocks followed by a 2x2 mean pool")
     taps: Literal["auto", "row_major", "centred"] = Field(
@@ -114,6 +117,7 @@ class NetworkObjective(Section):
     ce: Weight = 1.0
     kd: Weight = 1.0
     hint: Weight = 0.0
+    decayed: tuple[Literal["ce", "kd", "hint"], ...] = Field(("hint",), description="terms under objective.hint_decay")
 
 
 class ObjectiveConfig(Section):
@@ -124,6 +128,7 @@ class ObjectiveConfig(Section):
     temperature: Positive = 4.0
     hint_decay: Literal["linear", "none"] = "linear"
     hint_pool: Literal["grid", "raster"] = Field("grid", description="raster: runs of the sequence, as the reference")
+    hint_norm: bool = Field(True, description="layer-normalise the maps before they are compared")
 
 
 class AgentOptimConfig(Section):
@@ -151,6 +156,16 @@ class OptimConfig(Section):
     agent: AgentOptimConfig = AgentOptimConfig()
 
 
+class AgentScheduleConfig(Section):
+    """What the agent's learning rate does differently in joint training; null: as the ViT's."""
+
+    kind: Literal["cosine", "constant"] | None = None
+    period: int | None = Field(None, ge=1)
+    warmup_epochs: Weight | None = None
+    warmup_mode: Literal["linear", "constant"] | None = None
+    warmup_factor: float | None = Field(None, ge=0, le=1)
+
+
 class ScheduleConfig(Section):
     """How long, and the learning rate over that time."""
 
@@ -163,6 +178,7 @@ class ScheduleConfig(Section):
     warmup_factor: float = Field(0.2, ge=0, le=1)
     eval_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
     max_steps: int | None = Field(None, ge=1, description="end the run after this many steps (smoke tests)")
+    agent: AgentScheduleConfig = AgentScheduleConfig()
 
 
 class RayConfig(Section):
@@ -402,17 +418,16 @@ def _is_union_arm(part: str) -> bool:
 
 
 def suggest(schema: type[BaseModel], path: list[str]) -> str:
-    """The nearest key: among its siblings, else by its last part anywhere in the schema."""
+    """The nearest key: of the same name elsewhere, else among its siblings, else anywhere in the schema."""
     section: type[BaseModel] | None = schema
     for part in path[:-1]:
         section = _section(section, part) if section else None
     siblings = list(section.model_fields) if section else []
-    near = get_close_matches(path[-1], siblings, n=1, cutoff=0.6)
-    if near:
-        return f", did you mean {'.'.join([*path[:-1], near[0]])!r}?"
     every = all_keys(schema)
-    same = [k for k in every if k.split(".")[-1] == path[-1]] or get_close_matches(".".join(path), every, n=1)
-    return f", did you mean {same[0]!r}?" if same else f"; known here: {', '.join(siblings)}"
+    elsewhere = [key for key in every if key.split(".")[-1] == path[-1]]
+    near = get_close_matches(path[-1], siblings, n=1)
+    best = elsewhere or [".".join([*path[:-1], key]) for key in near] or get_close_matches(".".join(path), every, n=1)
+    return f", did you mean {best[0]!r}?" if best else f"; known here: {', '.join(siblings)}"
 
 
 def _section(schema: type[BaseModel], name: str) -> type[BaseModel] | None:

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from bootvit.config import Config, Network
+from bootvit.config import Config, Network, ScheduleConfig
 from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed
 from bootvit.models import Features
@@ -20,7 +20,16 @@ from bootvit.models.sync import synchronise_norms
 from bootvit.models.vit import vit_features
 from bootvit.models.zoo import build_agent, build_vit
 from bootvit.objective import LossTerms, loss_terms, total_loss
-from bootvit.optim import build_optimizer, climb, clip, learning_rate, linear_decay, network_optim, put_back
+from bootvit.optim import (
+    build_optimizer,
+    climb,
+    clip,
+    learning_rate,
+    linear_decay,
+    network_optim,
+    network_schedule,
+    put_back,
+)
 
 PRECISIONS = {
     "fp32": torch.float32,
@@ -76,6 +85,7 @@ class OptimGroup(NamedTuple):
 
     optimizer: torch.optim.Optimizer
     base_lr: float
+    schedule: ScheduleConfig
     clip_norm: float | None
     clipped: list[nn.Parameter]
     parameters: list[nn.Parameter]
@@ -110,7 +120,14 @@ class Learner:
             only_vit = self.config.method == "shared" and optim.clip_scope == "vit"
             clipped = nets.own_parameters("vit") if only_vit else parameters
             groups.append(
-                OptimGroup(build_optimizer(parameters, optim), optim.lr, optim.clip_norm, clipped, parameters)
+                OptimGroup(
+                    build_optimizer(parameters, optim),
+                    optim.lr,
+                    network_schedule(self.config.schedule, net, joint),
+                    optim.clip_norm,
+                    clipped,
+                    parameters,
+                )
             )
         return groups
 
@@ -179,7 +196,7 @@ class Learner:
             if group.clip_norm is not None and clipping:
                 clip(group.clipped, group.clip_norm)
             for parameters in group.optimizer.param_groups:
-                parameters["lr"] = learning_rate(self.config.schedule, group.base_lr, progress)
+                parameters["lr"] = learning_rate(group.schedule, group.base_lr, progress)
             group.optimizer.step()
 
     def _record(self, terms: dict[Network, LossTerms], losses: list[Tensor]) -> Tensor:

@@ -21,14 +21,10 @@ class LossTerms(NamedTuple):
     hint: Tensor | None
 
     def total(self, weights: NetworkObjective, decay: float) -> Tensor | None:
-        """The weighted sum, the hint times `decay`; None where no term is computed."""
+        """The weighted sum, decayed terms times `decay`; None where no term is computed."""
         parts = [
-            weight * term
-            for weight, term in (
-                (weights.ce, self.ce),
-                (weights.kd, self.kd),
-                (weights.hint * decay, self.hint),
-            )
+            getattr(weights, name) * (decay if name in weights.decayed else 1.0) * term
+            for name, term in self._asdict().items()
             if term is not None
         ]
         return sum(parts[1:], start=parts[0]) if parts else None
@@ -46,7 +42,9 @@ def loss_terms(
     if peer is None:
         return LossTerms(ce, None, None)
     kd = kd_loss(student.kd_logits, peer.kd_logits, objective.temperature) if weights.kd else None
-    hint = hint_loss(student.blocks, peer.blocks, objective.hint_pool) if weights.hint else None
+    hint = None
+    if weights.hint:
+        hint = hint_loss(student.blocks, peer.blocks, objective.hint_pool, objective.hint_norm)
     return LossTerms(ce, kd, hint)
 
 
@@ -64,15 +62,17 @@ def kd_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     return F.kl_div(guess, target, reduction="batchmean", log_target=True) * temperature**2
 
 
-def hint_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], pool: str) -> Tensor:
-    """Sum over blocks of the mean squared error between layer-normalised maps (batch, rows, cols, width)."""
-    losses = [block_hint(s, t.detach(), pool) for s, t in zip(student, teacher, strict=True)]
+def hint_loss(student: tuple[Tensor, ...], teacher: tuple[Tensor, ...], pool: str, norm: bool = True) -> Tensor:
+    """Sum over blocks of the mean squared error between (layer-normalised) maps (batch, rows, cols, width)."""
+    losses = [block_hint(s, t.detach(), pool, norm) for s, t in zip(student, teacher, strict=True)]
     return sum(losses[1:], start=losses[0])
 
 
-def block_hint(student: Tensor, teacher: Tensor, pool: str) -> Tensor:
+def block_hint(student: Tensor, teacher: Tensor, pool: str, norm: bool = True) -> Tensor:
     """One block's hint; the longer map is mean-pooled to the size of the shorter first."""
     s, t = to_same_length(student, teacher, pool)
+    if not norm:
+        return F.mse_loss(s, t)
     return F.mse_loss(F.layer_norm(s, s.shape[-1:]), F.layer_norm(t, t.shape[-1:]))
 
 

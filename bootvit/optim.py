@@ -39,6 +39,13 @@ def network_optim(optim: OptimConfig, network: Network, joint: bool) -> OptimCon
     return optim.model_copy(update=given)
 
 
+def network_schedule(schedule: ScheduleConfig, network: Network, joint: bool) -> ScheduleConfig:
+    """One network's course of the learning rate: in joint training the agent's own settings override."""
+    if network != "agent" or not joint:
+        return schedule
+    return schedule.model_copy(update={k: v for k, v in schedule.agent.model_dump().items() if v is not None})
+
+
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
     """AdamW (decay on every parameter, as in the paper) or SGD."""
     if optim.name == "sgd":

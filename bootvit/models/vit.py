@@ -42,6 +42,15 @@ class EntmaxAttention(Attention):  # type: ignore[misc]
         return self.proj_drop(self.proj(self.norm(mixed)))  # type: ignore[no-any-return]
 
 
+class FixedEntmaxAttention(EntmaxAttention):
+    """Sparse attention whose alpha is no parameter."""
+
+    def __init__(self, *args: object, **kwargs: object) -> None:
+        super().__init__(*args, **kwargs)
+        del self.alpha
+        self.register_buffer("alpha", torch.tensor(1.5), persistent=False)
+
+
 def sparse_weights(scores: Tensor, alpha: Tensor) -> Tensor:
     """Alpha-entmax over the last axis by 50 bisection steps, renormalised, in float32 at least: it needs the digits."""
     with torch.autocast(scores.device.type, enabled=False):

@@ -28,7 +28,7 @@ from bootvit.models.agent import (
     resnet_stem,
 )
 from bootvit.models.shared import SharedMixer, SharedMLP
-from bootvit.models.vit import EntmaxAttention, init_as_reference
+from bootvit.models.vit import EntmaxAttention, FixedEntmaxAttention, init_as_reference
 
 if TYPE_CHECKING:
     from bootvit.config import AgentConfig, Config, ViTConfig
@@ -162,8 +162,8 @@ def build_vit(config: Config, num_classes: int) -> VisionTransformer:
         sizes["patch_size"] = shape.patch
     if vit.norm_eps is not None:
         sizes["norm_layer"] = partial(nn.LayerNorm, eps=vit.norm_eps)
-    if vit.attention == "entmax":
-        sizes["attn_layer"] = EntmaxAttention
+    if vit.attention != "softmax":
+        sizes["attn_layer"] = EntmaxAttention if vit.attention == "entmax" else FixedEntmaxAttention
     if vit.dropout:
         sizes |= {"proj_drop_rate": vit.dropout, "attn_drop_rate": vit.dropout}
     if vit.pos_dropout:
@@ -203,7 +203,11 @@ def build_agent(config: Config, num_classes: int, vit: VisionTransformer | None)
         blocks = _shared_blocks(config, vit, taps)
     else:
         blocks = _own_blocks(cfg, shape, taps)
-    stem = patch_stem(shape.width, shape.patch) if cfg.stem == "patch" else resnet_stem(shape.width, cfg.stem_width)
+    stem = (
+        patch_stem(shape.width, agent_patch(cfg, shape))
+        if cfg.stem == "patch"
+        else resnet_stem(shape.width, cfg.stem_width)
+    )
     agent = Agent(stem, blocks, cfg.downsample, shape.width, num_classes)
     init_agent(agent, config.model.init)
     return agent
@@ -257,21 +261,18 @@ def _timm_cnn(cfg: AgentConfig, num_classes: int) -> nn.Module:
 
 def check_models(config: Config) -> None:
     """Refuse, before anything starts, models that cannot be built or paired: one line that names the key."""
-    if config.method != "agent" or mirrors(config.model.agent):
-        _check_vit(config)
+    if "vit" in config.networks:
+        _check_patch("model.vit.patch", vit_shape(config.model.vit).patch, config)
     if "agent" in config.networks:
         _check_agent(config)
     if len(config.networks) == 2:
         _check_pair(config)
 
 
-def _check_vit(config: Config) -> None:
-    shape = vit_shape(config.model.vit)
+def _check_patch(key: str, patch: tuple[int, int], config: Config) -> None:
     rows, cols = config.image_size
-    if rows % shape.patch[0] or cols % shape.patch[1]:
-        raise UserError(
-            f"model.vit.patch={shape.patch[0]}x{shape.patch[1]} does not divide data.image_size={rows}x{cols}"
-        )
+    if rows % patch[0] or cols % patch[1]:
+        raise UserError(f"{key}={patch[0]}x{patch[1]} does not divide data.image_size={rows}x{cols}")
 
 
 def _check_agent(config: Config) -> None:
@@ -287,6 +288,8 @@ def _check_agent(config: Config) -> None:
     if cfg.weights is not None:
         raise UserError(f"model.agent.weights={cfg.weights!r}: only a CNN of timm starts from weights, not {cfg.name}")
     shape = vit_shape(config.model.vit)
+    if cfg.stem == "patch":
+        _check_patch("model.agent.patch", agent_patch(cfg, shape), config)
     heads = cfg.heads or shape.heads
     if config.method == "shared" and heads != shape.heads:
         raise UserError(f"model.agent.heads={heads}: a shared agent has the ViT's {shape.heads} heads")
@@ -304,7 +307,16 @@ def _check_agent(config: Config) -> None:
 def agent_maps(config: Config) -> list[tuple[int, int]]:
     """(rows, cols) of the mirroring agent's map at every block."""
     shape, cfg = vit_shape(config.model.vit), config.model.agent
-    return map_sides(cfg.stem, vit_grid(config), config.image_size, shape.depth, cfg.downsample)
+    rows, cols = agent_patch(cfg, shape)
+    grid = config.image_size[0] // rows, config.image_size[1] // cols
+    return map_sides(cfg.stem, grid, config.image_size, shape.depth, cfg.downsample)
+
+
+def agent_patch(cfg: AgentConfig, shape: ViTShape) -> tuple[int, int]:
+    """(rows, cols) of the patch stem's patches."""
+    from bootvit.config import pair
+
+    return pair(cfg.patch) if cfg.patch else shape.patch
 
 
 def vit_grid(config: Config) -> tuple[int, int]:
