@@ -6,7 +6,7 @@ import hashlib
 from dataclasses import dataclass
 
 from bootvit.config import DataConfig
-from bootvit.data.batches import Batch, EvalBatches, TrainBatches, preprocess
+from bootvit.data.batches import Batch, EvalBatches, TrainBatches, preprocess, way_of
 from bootvit.data.fractions import Subset, select, whole
 from bootvit.data.sources import open_table
 from bootvit.data.table import RGB, ImageTable
@@ -23,6 +23,7 @@ __all__ = [
     "open_table",
     "preprocess",
     "select",
+    "way_of",
 ]
 
 

@@ -16,16 +16,12 @@ def pad_crop_flip(images: Tensor, numbers: npt.NDArray[np.float64], padding: int
     `images` (batch, channels, rows, cols); `numbers` (batch, 4) in [0, 1): row, column, flip, unused.
     """
     batch, _, rows, cols = images.shape
-    shift = torch.from_numpy((numbers[:, :2] * (2 * padding + 1)).astype(np.int64) - padding).to(
-        images.device
-    )
+    shift = torch.from_numpy((numbers[:, :2] * (2 * padding + 1)).astype(np.int64) - padding).to(images.device)
     mirrored = torch.from_numpy((numbers[:, 2] < 0.5) & flip).to(images.device)
     y = torch.arange(rows, device=images.device)[None] + shift[:, :1]  # (batch, rows) in the source
     x = torch.arange(cols, device=images.device)[None].expand(batch, cols)
     x = torch.where(mirrored[:, None], cols - 1 - x, x) + shift[:, 1:]
     inside = ((y >= 0) & (y < rows))[:, :, None] & ((x >= 0) & (x < cols))[:, None, :]
     each = torch.arange(batch, device=images.device)[:, None, None]
-    picked = images.permute(0, 2, 3, 1)[
-        each, y.clamp(0, rows - 1)[:, :, None], x.clamp(0, cols - 1)[:, None, :]
-    ]
+    picked = images.permute(0, 2, 3, 1)[each, y.clamp(0, rows - 1)[:, :, None], x.clamp(0, cols - 1)[:, None, :]]
     return (picked * inside[..., None]).permute(0, 3, 1, 2)

@@ -23,7 +23,7 @@ import pyarrow as pa
 
 from bootvit.data.decode import BrokenImage, decode
 from bootvit.data.fractions import Subset
-from bootvit.data.table import ArrowImages, ImageTable
+from bootvit.data.table import ArrowImages
 from bootvit.errors import UserError
 
 CHUNK = 64 << 20  # bytes of encoded images per record batch
@@ -107,30 +107,24 @@ def _decode_all(subset: Subset, folder: Path) -> None:
             store, example = np.lib.format.open_memmap(folder / "all.npy", "w+", np.uint8, shape), place
         if pixels.shape != store.shape[1:]:
             raise UserError(
-                _unequal(subset.table, subset.indices, example, place, store.shape[1:], pixels.shape)
+                f"{_sized(subset, place, pixels)}, but {_sized(subset, example, store[example])}: "
+                "images of several sizes need data.augment=area"
             )
         store[place] = pixels
     places = np.array([place for place in range(len(subset)) if place not in broken], np.int64)
     if store is None:
         store = np.zeros((0, 1, 1, 3), np.uint8)
-    np.save(folder / "pixels.npy", store if not broken else store[places])
-    (folder / "all.npy").unlink(missing_ok=True)
+    if broken:
+        np.save(folder / "pixels.npy", store[places])
+        (folder / "all.npy").unlink(missing_ok=True)
+    else:
+        (folder / "all.npy").rename(folder / "pixels.npy")
     np.save(folder / "places.npy", places)
     (folder / "broken.json").write_text(json.dumps(sorted(broken.items())), encoding="utf-8")
 
 
-def _unequal(
-    table: ImageTable,
-    rows: npt.NDArray[np.int64],
-    first: int,
-    second: int,
-    one: tuple[int, ...],
-    two: tuple[int, ...],
-) -> str:
-    return (
-        f"{table.where(int(rows[second]))} has {two[0]}x{two[1]} pixels, but {table.where(int(rows[first]))} has "
-        f"{one[0]}x{one[1]}: images of several sizes need data.augment=area"
-    )
+def _sized(subset: Subset, place: int, pixels: npt.NDArray[np.uint8]) -> str:
+    return f"{subset.table.where(int(subset.indices[place]))} has {pixels.shape[0]}x{pixels.shape[1]} pixels"
 
 
 def _write_arrow(subset: Subset, folder: Path) -> None:

@@ -29,7 +29,7 @@ class _ArraysOnly(pickle.Unpickler):
     """Refuses everything but NumPy arrays, because a pickle may run any code."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
+        if module.partition(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype"):
             return super().find_class(module, name)
         raise pickle.UnpicklingError(f"{module}.{name} does not belong into a CIFAR file")
 

@@ -39,16 +39,12 @@ def read(root: Path, split: Literal["train", "test"], *, splits_only: bool) -> F
 def _test_folder(root: Path, only: str | None) -> Path | None:
     """The folder of the test split: one without class folders has no labels and does not count."""
     names = (only,) if only else TEST_FOLDERS
-    return next(
-        (root / name for name in names if (root / name).is_dir() and class_folders(root / name)), None
-    )
+    return next((root / name for name in names if (root / name).is_dir() and class_folders(root / name)), None)
 
 
 def class_folders(folder: Path) -> list[str]:
     """The sorted names of the sub-folders, hidden ones aside."""
-    return sorted(
-        entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith(".")
-    )
+    return sorted(entry.name for entry in os.scandir(folder) if entry.is_dir() and not entry.name.startswith("."))
 
 
 def _list(folder: Path, classes: list[str], *, every_class: bool) -> Found:
@@ -71,7 +67,5 @@ def images_below(folder: Path, name: str) -> list[str]:
     """The paths, relative to `folder`, of all images below one class folder, however deep, each once and sorted."""
     found = []
     for place, _, files in os.walk(folder / name, followlinks=True):
-        found += [
-            Path(place, file) for file in files if file.lower().endswith(ENDINGS) and not file.startswith(".")
-        ]
+        found += [Path(place, file) for file in files if file.lower().endswith(ENDINGS) and not file.startswith(".")]
     return sorted(path.relative_to(folder).as_posix() for path in found)

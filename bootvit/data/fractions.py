@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from bootvit.config import DataConfig
 from bootvit.data.table import ImageTable, Rows
@@ -125,14 +124,14 @@ def largest_remainder(sizes: Sequence[int], share: float) -> list[int]:
     return out
 
 
-def hash_ranks(table: ImageTable) -> npt.NDArray[np.float64]:
-    """(N,) position of each row's image in its class's hash order, divided by the size of the class."""
-    ranks = np.zeros(len(table))
+def hash_ranks(table: ImageTable) -> tuple[Rows, Rows]:
+    """(N,) each row's place in its class's hash order, and (N,) the size of that class."""
+    ranks, sizes = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
     order = by_hash(table.keys)
     for label in range(len(table.classes)):
         rows = order[table.labels[order] == label]
-        ranks[rows] = np.arange(len(rows)) / max(1, len(rows))
-    return ranks
+        ranks[rows], sizes[rows] = np.arange(len(rows)), len(rows)
+    return ranks, sizes
 
 
 def _subset(table: ImageTable, indices: Rows) -> Subset:

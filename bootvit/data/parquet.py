@@ -44,9 +44,7 @@ def _read(files: tuple[Path, ...]) -> Found:
     schema, first = schemas[0], files[0]
     for path, other in zip(files[1:], schemas[1:], strict=True):
         if not other.equals(schema):
-            raise UserError(
-                f"{path}: its columns differ from those of {first.name}: {other.names} and {schema.names}"
-            )
+            raise UserError(f"{path}: its columns differ from those of {first.name}: {other.names} and {schema.names}")
     image, label = _image_column(schema, first), _label_column(schema, first)
     images = ParquetImages(files, image)
     labels = _labels(files, label)

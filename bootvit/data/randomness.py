@@ -1,6 +1,6 @@
-"""Random numbers as a function of (seed, epoch, position): counter-based, so any slice can be drawn directly.
+"""Random numbers as a function of (seed, epoch, position); any slice can be drawn directly.
 
-Only raw Philox words are used: NumPy keeps the bit streams of its generators fixed, but not its distributions.
+Only raw words of the counter-based Philox are used: NumPy keeps its bit streams fixed, but not its distributions.
 """
 
 from __future__ import annotations
@@ -21,15 +21,17 @@ class Purpose(IntEnum):
 def permutation(seed: int, epoch: int, size: int) -> npt.NDArray[np.int64]:
     """The order in which an epoch visits `size` images."""
     words = _philox(seed, epoch, Purpose.ORDER, 0).random_raw(size)
-    return np.argsort(words, kind="stable").astype(np.int64)
+    order: npt.NDArray[np.int64] = np.argsort(words, kind="stable").astype(np.int64)
+    return order
 
 
 def uniforms(seed: int, epoch: int, start: int, stop: int, count: int) -> npt.NDArray[np.float64]:
-    """(stop - start, count) numbers in [0, 1): those of the positions start..stop-1, `count` (a multiple of 4) each."""
+    """(stop - start, count) numbers in [0, 1) of the positions start..stop-1; `count` is a multiple of 4."""
     if count % 4:
         raise ValueError(f"count={count}: one Philox step yields 4 numbers")
     words = _philox(seed, epoch, Purpose.AUGMENT, start * count // 4).random_raw((stop - start) * count)
-    return ((words >> np.uint64(11)) * 2.0**-53).reshape(stop - start, count)
+    out: npt.NDArray[np.float64] = (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return out.reshape(stop - start, count)
 
 
 def _philox(seed: int, epoch: int, purpose: Purpose, counter: int) -> np.random.Philox:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,9 +20,7 @@ PRECISION = 22  # bits of a coefficient: 32, less 8 of a pixel and 2 to spare
 
 
 @lru_cache(maxsize=64)
-def bilinear_taps(
-    source: int, target: int
-) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
+def bilinear_taps(source: int, target: int) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[int, ...], ...]]:
     """(positions, coefficients), each (taps, target): what each output pixel sums over, along one axis."""
     scale = source / target
     support = max(scale, 1.0)
@@ -35,22 +34,32 @@ def bilinear_taps(
         positions.append(list(range(first, last)))
         coefficients.append([int(0.5 + weight / total * (1 << PRECISION)) for weight in weights])
     taps = max(len(row) for row in positions)
-    for where, what in zip(positions, coefficients, strict=True):
-        where += [0] * (taps - len(where))
-        what += [0] * (taps - len(what))
+    for row in (*positions, *coefficients):
+        row.extend([0] * (taps - len(row)))
     return tuple(zip(*positions, strict=True)), tuple(zip(*coefficients, strict=True))
 
 
 def resize_batch(images: Tensor, size: tuple[int, int]) -> Tensor:
     """(batch, channels, rows, cols) uint8 to (batch, channels, *size) uint8, equal to Pillow's BILINEAR."""
-    if images.shape[3] != size[1]:
-        images = _resize_axis(images, 3, size[1])
-    if images.shape[2] != size[0]:
-        images = _resize_axis(images, 2, size[0])
+    rows_first = _rows_first((images.shape[2], images.shape[3]), size)
+    for axis in (2, 3) if rows_first else (3, 2):
+        images = _resize_axis(images, axis, size[axis - 2])
     return images
 
 
+@lru_cache(maxsize=64)
+def _rows_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
+    """Whether the installed Pillow resizes rows before columns (the newest chooses by cost): asked of an example."""
+    pixels = np.random.default_rng(0).integers(0, 256, (*source, 3), dtype=np.uint8)
+    wanted = np.asarray(enlarge(Image.fromarray(pixels), target))
+    example = torch.from_numpy(pixels).permute(2, 0, 1)[None]
+    columns_first = _resize_axis(_resize_axis(example, 3, target[1]), 2, target[0])
+    return not np.array_equal(columns_first[0].permute(1, 2, 0).numpy(), wanted)
+
+
 def _resize_axis(images: Tensor, axis: int, target: int) -> Tensor:
+    if images.shape[axis] == target:
+        return images
     positions, coefficients = bilinear_taps(images.shape[axis], target)
     shape = [1, 1, 1, 1]
     shape[axis] = target
@@ -79,9 +88,7 @@ class Box(NamedTuple):
 
 
 TRIES = 10
-AREA_NUMBERS = (
-    24  # uniform numbers an area crop may use: area and aspect of 10 tries, place, flip, 1 to spare
-)
+AREA_NUMBERS = 24  # uniform numbers an area crop may use: area and aspect of 10 tries, place, flip, 1 to spare
 
 
 def area_box(
@@ -117,9 +124,7 @@ def _central_box(rows: int, cols: int, aspect: tuple[float, float]) -> Box:
     return Box((rows - height) // 2, (cols - width) // 2, height, width)
 
 
-def area_crop(
-    image: Image.Image, size: tuple[int, int], numbers: Sequence[float], *, flip: bool
-) -> Image.Image:
+def area_crop(image: Image.Image, size: tuple[int, int], numbers: Sequence[float], *, flip: bool) -> Image.Image:
     """A random part of the image, resized to (rows, columns) and, if `flip`, mirrored half of the time (number 22)."""
     box = area_box(image.height, image.width, numbers)
     part = image.crop((box.left, box.top, box.left + box.cols, box.top + box.rows))

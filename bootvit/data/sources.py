@@ -120,20 +120,19 @@ def _fake(data: DataConfig, split: Split) -> Found:
     classes = tuple(str(label) for label in range(count))
     rows, cols = pair(data.image_size)
     if max(rows, cols) <= SMALL:
-        pixels = np.stack(
-            [_stripes(row, label, count, rows, cols, split) for row, label in enumerate(labels)]
-        )
+        pixels = np.stack([_stripes(row, row % count, count, (rows, cols), split) for row in range(len(labels))])
         return Found(PixelImages(pixels), labels, keys, classes)
     encoded = [
-        encode_png(_stripes(row, label, count, rows + row % 7 * 5, cols + row % 5 * 9, split))
-        for row, label in enumerate(labels)
+        encode_png(_stripes(row, row % count, count, (rows + row % 7 * 5, cols + row % 5 * 9), split))
+        for row in range(len(labels))
     ]
     column = pa.chunked_array([pa.array(encoded, pa.binary())])
     return Found(ArrowImages(column, np.arange(len(encoded))), labels, keys, classes)
 
 
-def _stripes(row: int, label: int, count: int, rows: int, cols: int, split: Split) -> npt.NDArray[np.uint8]:
-    """(rows, cols, 3): stripes whose number tells the class, with noise."""
+def _stripes(row: int, label: int, count: int, size: tuple[int, int], split: Split) -> npt.NDArray[np.uint8]:
+    """(*size, 3): stripes whose number tells the class, with noise."""
+    rows, cols = size
     noise = np.random.default_rng([row, split == "test"]).normal(0, 20, (rows, cols, 3))
     wave = np.sin(np.linspace(0, 2 * np.pi * (label + 1) / count * 4, rows))[:, None, None]
     out: npt.NDArray[np.uint8] = np.clip(128 + 80 * wave + noise, 0, 255).astype(np.uint8)
@@ -158,9 +157,7 @@ def _classes(found: Found, data: DataConfig) -> tuple[str, ...]:
     names = found.classes or tuple(str(label) for label in range(int(found.labels.max()) + 1))
     wanted = data.num_classes or len(names)
     if wanted < len(names):
-        raise UserError(
-            f"data.num_classes={wanted}: the source has {len(names)} classes; use null or a larger number"
-        )
+        raise UserError(f"data.num_classes={wanted}: the source has {len(names)} classes; use null or a larger number")
     return names + tuple(str(label) for label in range(len(names), wanted))
 
 
