@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -31,7 +31,7 @@ class EpochReport(NamedTuple):
 
     epoch: int  # epochs completed
     step: int
-    metrics: dict[str, float]  # "held_out/vit/top1": 45.8, ...
+    metrics: dict[str, float]  # "held_out/vit/top1": 45.8, ...; empty where this epoch was not evaluated
 
 
 @dataclass
@@ -59,6 +59,20 @@ def fit(
     `test` says when the test set is looked at: auto is every evaluation, but only the last one where a part of the
     training images is held out; never is for sweeps that retrain their winners.
     """
+    run = epochs(config, world, folder, test=test, keep=keep)
+    while True:
+        try:
+            report = next(run)
+        except StopIteration as end:
+            return dict(end.value)
+        if on_epoch is not None:
+            on_epoch(report)
+
+
+def epochs(
+    config: Config, world: World, folder: RunFolder, *, test: TestUse = "auto", keep: int = 2
+) -> Generator[EpochReport, None, dict[str, Any]]:
+    """`fit`, an epoch at a time: yields once an epoch's checkpoint is on disk, returns the result."""
     started = time.monotonic()
     splits = open_splits(config.data)
     check_evaluable(config, splits)
@@ -73,16 +87,16 @@ def fit(
         train_epoch(config, learner, batches, at, total, journal, folder)
         at.epoch += 1
         last = at.step >= total
+        metrics: dict[str, float] = {}
         if last or at.epoch % config.schedule.eval_every == 0:
             scores = evaluate_splits(config, learner, splits, test, last)
-        metrics = write_scores(scores, at, journal, folder)
+            metrics = write_scores(scores, at, journal, folder)
         at.seconds = before + time.monotonic() - started
         if world.rank == 0:
             folder.check_lease()
             state = {"learner": learner.state_dict(), "progress": vars(at), "data": describe(splits)}
             checkpoint.save(folder.checkpoints, state, epoch=at.epoch, step=at.step, final=last, keep=keep)
-        if on_epoch is not None:
-            on_epoch(EpochReport(at.epoch, at.step, metrics))
+        yield EpochReport(at.epoch, at.step, metrics)
     if not scores:  # resumed after the last checkpoint, before the result was written
         scores = evaluate_splits(config, learner, splits, test, last=True)
     result = summarise(config, splits, at, scores, folder, world)

@@ -71,7 +71,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     state = run_state(path)
     if state != "absent" and not (resume or overwrite):
         raise UserError(f"{path}: a run of this name exists ({state}): --resume, --overwrite, or name=… for another")
-    if state == "absent" and path.exists() and any(path.iterdir()):
+    if state == "absent" and path.exists() and any(not child.name.startswith(".") for child in path.iterdir()):
         raise UserError(f"{path}: exists and is not a run; choose another name= or ray.storage_path=")
     if state != "absent" and overwrite and not resume:
         shutil.rmtree(path)
@@ -81,11 +81,18 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     if state == "finished":
         return RunFolder(path), state
     path.mkdir(parents=True, exist_ok=True)
-    folder = RunFolder(path, secrets.token_hex(8))
-    checkpoint.write_json(path / "lease.json", {"id": folder.lease})
-    checkpoint.write_atomic(folder.config, dump_config(config).encode())
+    # the config first: a process that is killed between the two leaves an unfinished run, not a foreign folder
+    checkpoint.write_atomic(path / "config.yaml", dump_config(config).encode())
+    folder = take_lease(path)
     folder.result.unlink(missing_ok=True)
     return folder, state
+
+
+def take_lease(path: Path) -> RunFolder:
+    """Become the only writer of a run: whoever held its lease before stops at the next write."""
+    folder = RunFolder(path, secrets.token_hex(8))
+    checkpoint.write_json(path / "lease.json", {"id": folder.lease})
+    return folder
 
 
 def check_same_run(config: Config, path: Path) -> None:
