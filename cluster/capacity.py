@@ -29,9 +29,7 @@ def check_capacity(workers: Workers, nodes: Sequence[Node], where: str) -> None:
     room = sum(_room(workers, node) for node in nodes)
     if room < workers.count:
         have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise UserError(
-            f"{workers.asked}: the cluster at {where} has room for {room} of them (nodes: {have})"
-        )
+        raise UserError(f"{workers.asked}: the cluster at {where} has room for {room} of them (nodes: {have})")
 
 
 def _room(workers: Workers, node: Node) -> int:

@@ -28,9 +28,7 @@ def dashboard(address: str | None, env: Mapping[str, str] = os.environ) -> str:
     for source, value in zip(sources, values, strict=True):
         if value:
             if urlsplit(value).scheme not in ("http", "https"):
-                raise UserError(
-                    f"{source}={value}: expected the URL of the cluster's dashboard, http://HEAD:8265"
-                )
+                raise UserError(f"{source}={value}: expected the URL of the cluster's dashboard, http://HEAD:8265")
             return value.rstrip("/")
     return DEFAULT_ADDRESS
 

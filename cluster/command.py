@@ -102,9 +102,7 @@ def _check_places(raw: dict[str, Any], config: Config, origin: str, env: Mapping
     for key in ("data.root", "model.vit.weights", "model.agent.weights"):
         value = _get(raw, key)
         if value not in (None, "timm") and not _is_absolute(value):
-            raise UserError(
-                f"{origin}: {key}={value} is relative, but the job runs elsewhere: make it absolute"
-            )
+            raise UserError(f"{origin}: {key}={value} is relative, but the job runs elsewhere: make it absolute")
     if config.tracking.enabled:
         given = _get(raw, "tracking.uri")
         key = "MLFLOW_TRACKING_URI" if given is None else "tracking.uri"
@@ -180,9 +178,7 @@ def _base_file(path: Path, sweep: dict[str, Any]) -> Path:
 def _sweep_workers(config: Config, sweep: dict[str, Any]) -> Workers:
     if config.ray.num_workers > 1:
         return _train_workers(config)
-    cpus, gpus = (
-        _number(_get(sweep, f"resources.{key}"), default) for key, default in (("cpu", 1), ("gpu", 0))
-    )
+    cpus, gpus = (_number(_get(sweep, f"resources.{key}"), default) for key, default in (("cpu", 1), ("gpu", 0)))
     return Workers(1, cpus, gpus, f"a trial with resources.cpu={cpus:g} and resources.gpu={gpus:g}")
 
 

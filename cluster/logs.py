@@ -11,9 +11,7 @@ from typing import Any
 
 LOST_S = 60.0  # without an answer while a job is followed, before it is given up as lost
 PAUSE_S = 0.5  # between two attempts
-CHATTER = re.compile(
-    r"\S+ \S+\tINFO job_manager\.py:\d+ -- |Running entrypoint for job "
-)  # Ray's lines in a log
+CHATTER = re.compile(r"\S+ \S+\tINFO job_manager\.py:\d+ -- |Running entrypoint for job ")  # Ray's lines in a log
 
 
 def follow(client: Any, name: str, out: Callable[[str], object] = sys.stdout.write) -> int:

@@ -38,9 +38,7 @@ class Job:
     workers: Workers | None = None  # None: whatever it needs is there
 
 
-def submit(
-    command: Sequence[str], *, address: str | None, wait: bool, submission_id: str | None = None
-) -> int:
+def submit(command: Sequence[str], *, address: str | None, wait: bool, submission_id: str | None = None) -> int:
     """Run `train ...` or `sweep ...` as a job; return its exit status, or 0 once accepted without `wait`.
 
     Raises `UserError` for a mistake in the command, a cluster that cannot be reached, a token that is missing
@@ -59,7 +57,10 @@ def submit(
 
 
 def send(client: Any, job: Job, url: str, name: str) -> None:
-    """Submit the job under the id `name`, if the cluster can ever run it."""
+    """Submit the job under the id `name`, if the cluster can ever run it.
+
+    Raises `UserError` when it cannot, or when the id is taken, and `RunFailed` when the cluster refuses.
+    """
     if job.workers is not None:
         answer = client._do_request("GET", "/api/cluster_status")  # Ray has no public call for it
         nodes = known_nodes(answer.json()) if answer.status_code == 200 else None
@@ -70,7 +71,7 @@ def send(client: Any, job: Job, url: str, name: str) -> None:
         client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name)
     except RuntimeError as err:
         if "already exists" not in str(err):
-            raise
+            raise RunFailed(f"{url} did not take the job: {' '.join(str(err).split())[:300]}") from err
         raise UserError(
             f"submission id {name} is taken at {url}: take another, or follow that job with: "
             f"ray job logs --address {url} --follow {name}"
@@ -78,7 +79,7 @@ def send(client: Any, job: Job, url: str, name: str) -> None:
 
 
 def watch(client: Any, url: str, name: str, *, wait: bool) -> int:
-    """Follow a submitted job to its end; Ctrl-C leaves it running."""
+    """Follow a submitted job to its end; Ctrl-C leaves it running (status 130)."""
     again = (
         f"follow it with: ray job logs --address {url} --follow {name}; "
         f"stop it with: ray job stop --address {url} {name}"
@@ -91,11 +92,9 @@ def watch(client: Any, url: str, name: str, *, wait: bool) -> int:
         return follow(client, name)
     except KeyboardInterrupt:
         say(f"interrupted: {name} goes on; {again}")
-        return 1
+        return 130
     except (OSError, RuntimeError) as err:
-        raise RunFailed(
-            f"lost the cluster at {url} ({type(err).__name__}): {name} may go on; {again}"
-        ) from err
+        raise RunFailed(f"lost the cluster at {url} ({type(err).__name__}): {name} may go on; {again}") from err
 
 
 def new_id(name: str) -> str:

@@ -16,9 +16,7 @@ ENTRY = "Running entrypoint for job x: python -m bootvit train\n"
 class Client:
     """A cluster whose connection may break: `sends` holds, for each connection, the pieces before it ends."""
 
-    def __init__(
-        self, sends: list[list[str]], ends: list[str], whole: str = "", code: int | None = 0
-    ) -> None:
+    def __init__(self, sends: list[list[str]], ends: list[str], whole: str = "", code: int | None = 0) -> None:
         self.sends, self.ends, self.whole, self.code = sends, ends, whole, code
 
     async def tail_job_logs(self, name: str) -> AsyncIterator[str]:

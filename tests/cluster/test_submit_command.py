@@ -79,9 +79,7 @@ def test_tracking_must_outlive_the_job(folder: Path) -> None:
 
 
 def test_a_password_stays_out_of_the_jobs_record(folder: Path) -> None:
-    line = refused(
-        "train", "tiny.yaml", GOOD[0], env={"MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"}
-    )
+    line = refused("train", "tiny.yaml", GOOD[0], env={"MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"})
     assert "password" in line
     assert "hunter2" not in line
 

@@ -1,0 +1,106 @@
+"""Jobs on a real head that wants a token: every end has its status and its one line."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import time
+
+import pytest
+from ray_head import Head
+
+pytestmark = pytest.mark.cluster
+
+REATTACH = r"follow it with: ray job logs --address \S+ --follow {0}; stop it with: ray job stop --address \S+ {0}"
+
+
+def only_line(err: str) -> str:
+    assert err.count("\n") == 1, err
+    assert "Traceback" not in err
+    return err
+
+
+def wait_for(process: subprocess.Popen[str], line: str) -> None:
+    assert process.stdout is not None
+    for got in process.stdout:
+        if line in got:
+            return
+    raise AssertionError(f"{line!r} never came; {process.communicate()[1]}")
+
+
+def test_success_is_zero_and_only_the_jobs_own_log_is_shown(head: Head) -> None:
+    status, out, err = head.run_job("ok", 'cat note.txt && echo "it\'s done"')
+    assert (status, out) == (0, "here\nit's done\n")
+    assert only_line(err) == f"bootvit: submitted ok to {head.url}\n"
+    assert head.token.read_text() not in out + err
+
+
+@pytest.mark.parametrize(("code", "status"), [(1, 1), (2, 2), (77, 1)])
+def test_the_jobs_failure_is_the_commands_failure(head: Head, code: int, status: int) -> None:
+    got, out, err = head.run_job(f"fails-{code}", f"echo before; exit {code}")
+    assert (got, out) == (status, "before\n")
+    assert err.splitlines()[1:] == [f"bootvit: error: fails-{code} failed: exit status {code}"]
+
+
+def test_a_job_stopped_from_outside_is_a_failure(head: Head) -> None:
+    process = head.start_job("stopped", "echo running; sleep 300")
+    wait_for(process, "running")
+    head.ray("job", "stop", "--address", head.url, "stopped")
+    err = process.communicate(timeout=60)[1]
+    assert process.returncode == 1
+    assert err.splitlines()[1:] == ["bootvit: error: stopped was stopped before its end"]
+
+
+def test_a_job_killed_from_outside_is_a_failure(head: Head) -> None:
+    status, _, err = head.run_job("killed", "kill -9 $$")
+    assert status == 1
+    assert re.fullmatch(r"bootvit: error: killed failed: exit status -?\d+", err.splitlines()[1])
+
+
+def test_ctrl_c_leaves_the_job_running_and_says_how_to_go_on(head: Head) -> None:
+    process = head.start_job("left", "echo running; until [ -e finish ]; do sleep 0.2; done; echo the end")
+    wait_for(process, "running")
+    process.send_signal(signal.SIGINT)
+    err = process.communicate(timeout=30)[1]
+    assert process.returncode == 130
+    assert re.fullmatch(f"bootvit: interrupted: left goes on; {REATTACH.format('left')}", err.splitlines()[1])
+    time.sleep(2)
+    assert "RUNNING" in head.ray("job", "status", "--address", head.url, "left")
+    head.ray("job", "stop", "--address", head.url, "left")
+
+
+def test_a_taken_id_is_one_line(head: Head) -> None:
+    head.run_job("twice", "true")
+    status, _, err = head.run_job("twice", "true")
+    assert status != 0
+    assert f"submission id twice is taken at {head.url}" in only_line(err)
+
+
+def test_what_the_cluster_does_not_have_is_refused(head: Head) -> None:
+    status, _, err = head.run_job("greedy", "true", cpus=3)
+    assert status != 0
+    assert "has room for 0 of them (nodes: 2 CPUs, 0 GPUs)" in only_line(err)
+    assert "greedy" not in head.ray("job", "list", "--address", head.url)
+
+
+@pytest.mark.parametrize(
+    ("env", "expected"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "the cluster wants a token: set RAY_AUTH_MODE=token"),
+        ({"RAY_AUTH_TOKEN_PATH": ""}, "RAY_AUTH_MODE=token: "),
+        ({"RAY_AUTH_TOKEN_PATH": "/nonexistent/token"}, "cannot be opened or is empty: /nonexistent/token"),
+        ({"RAY_AUTH_TOKEN": "0123abcd" * 8}, "the cluster refuses this token"),
+        ({"RAY_AUTH_TOKEN": "0123\nabcd"}, "ot"),
+        ({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:9"}, "no Ray cluster answers there"),
+        ({"RAY_API_SERVER_ADDRESS": "http://192.0.2.1:8265"}, "no Ray cluster answers there"),
+        ({"RAY_API_SERVER_ADDRESS": "http://no-such-host.invalid"}, "no Ray cluster answers there"),
+    ],
+)
+def test_no_way_in_is_one_line_within_seconds(head: Head, env: dict[str, str], expected: str) -> None:
+    process = head.start_job("never", "true", 1, **env)
+    out, err = process.communicate(timeout=30)  # Ray's own client would wait for minutes
+    assert process.returncode not in (0, -signal.SIGABRT)
+    assert out == ""
+    assert expected in only_line(err)
+    assert "0123" not in err
