@@ -65,8 +65,7 @@ class _Lines:
         self.config, self.out = config, out
         self.values: dict[str, float] = {}
         self.epoch: int | None = None
-        self.started = time.monotonic()
-        self.first_epoch: int | None = None
+        self.first: tuple[int, float] | None = None  # the first epoch seen to end, and when
 
     def __enter__(self) -> _Lines:
         return self
@@ -80,18 +79,23 @@ class _Lines:
             if self.epoch is not None and record.epoch != self.epoch:
                 self._line()
             self.epoch = record.epoch
-            self.first_epoch = record.epoch if self.first_epoch is None else self.first_epoch
             self.values[record.name] = record.value
 
     def _line(self) -> None:
-        if self.epoch is None or self.first_epoch is None:
+        if self.epoch is None:
             return
         done, total = self.epoch + 1, self.config.schedule.epochs
-        spent = time.monotonic() - self.started
-        left = spent / (done - self.first_epoch) * (total - done)
-        text = speak(self.values, self.config.networks)
-        print(f"{self.config.name}  epoch {done}/{total}  {text}  {left:.0f} s left", file=self.out, flush=True)
+        text = speak(self.values, self.config.networks) + self._time_left(done, total)
+        print(f"{self.config.name}  epoch {done}/{total}  {text}", file=self.out, flush=True)
         self.epoch = None
+
+    def _time_left(self, done: int, total: int) -> str:
+        now = time.monotonic()
+        if self.first is None:
+            self.first = (done, now)
+            return ""
+        epoch, when = self.first
+        return f"  {(now - when) / (done - epoch) * (total - done):.0f} s left" if done > epoch else ""
 
 
 class _Bar:

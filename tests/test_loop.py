@@ -1,0 +1,159 @@
+"""The loop: resume is bitwise, a broken loss ends the run, and only one process writes to a run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import ONE, tiny
+
+from bootvit import checkpoint
+from bootvit.config import Config
+from bootvit.errors import RunFailed, UserError
+from bootvit.learner import Learner
+from bootvit.loop import EpochReport, fit
+from bootvit.runs import RunFolder, claim
+from bootvit.tracking import read_journal
+
+
+class Stop(Exception):
+    """Ends a run after an epoch, as a kill would."""
+
+
+def run(config: Config, stop_after: int | None = None, *, resume: bool = False, **options: Any) -> dict[str, Any]:
+    folder, _ = claim(config, resume=resume, overwrite=False)
+
+    def on_epoch(report: EpochReport) -> None:
+        if report.epoch == stop_after:
+            raise Stop
+
+    return fit(config, ONE, folder, on_epoch=on_epoch, **options)
+
+
+def final_weights(path: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.newest(path / "checkpoints")
+    assert saved is not None
+    state = checkpoint.load(saved.path)["learner"]
+    moments = {f"moment {i}": m for o in state["optimizers"] for i, s in o["state"].items() for m in s.values()}
+    return dict(state["networks"]) | moments
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "vit"},
+        {"method": "joint", "model": {"vit": {"dropout": 0.1}, "agent": {"dropout": 0.1}}},
+        {"method": "shared", "model": {"vit": {"dropout": 0.1}}},
+        {"method": "vit", "optim": {"sam_rho": 0.1}},
+        {"method": "agent", "optim": {"name": "sgd", "momentum": 0.9}, "precision": "bf16"},
+    ],
+    ids=["vit", "joint", "shared", "sam", "agent"],
+)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(changes: dict[str, Any], tmp_path: Path) -> None:
+    def config(name: str) -> Config:
+        return tiny(name=name, ray__storage_path=str(tmp_path), **changes)
+
+    whole = run(config("whole"))
+    with pytest.raises(Stop):
+        run(config("cut"), stop_after=2)
+    resumed = run(config("cut"), resume=True)
+    one, other = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert resumed["final"] == whole["final"]
+    values = [
+        [(r.step, r.epoch, r.name, r.value) for r in read_journal(tmp_path / n / "metrics.jsonl")[0]
+         if "per_second" not in r.name]  # fmt: skip
+        for n in ("whole", "cut")
+    ]
+    assert values[0] == values[1]
+
+
+def test_the_journal_tells_the_run(tmp_path: Path) -> None:
+    result = run(tiny(ray__storage_path=str(tmp_path)))
+    records, _ = read_journal(tmp_path / "tiny" / "metrics.jsonl")
+    names = {r.name for r in records}
+    assert {"train/vit/hint", "train/agent/kd", "train/lr", "test/vit/top1", "test/agent/loss"} <= names
+    assert "train/agent/hint" not in names
+    assert [r.epoch for r in records if r.name == "test/vit/top1"] == [0, 1, 2]
+    last = [r.value for r in records if r.name == "test/vit/top1"][-1]
+    assert result["final"]["vit"]["top1"] == pytest.approx(last, abs=1e-4)
+    assert json.loads((tmp_path / "tiny" / "result.json").read_text()) == result
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(ray__storage_path=str(tmp_path), tracking__log_every=100)
+    real = Learner.step
+
+    def break_at_six(self: Learner, batch: Any, step: int, *args: Any) -> torch.Tensor:
+        terms = real(self, batch, step, *args)
+        return terms * float("nan") if step == 5 else terms
+
+    monkeypatch.setattr(Learner, "step", break_at_six)
+    with pytest.raises(RunFailed, match=r"not finite at step 6: vit/ce=nan"):
+        run(config)
+    saved = checkpoint.newest(tmp_path / "tiny" / "checkpoints")
+    assert saved is not None
+    assert (saved.epoch, saved.step) == (1, 4)
+
+
+def test_an_infinite_rate_breaks_the_loss_for_real(tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match="not finite"):
+        run(tiny(ray__storage_path=str(tmp_path), optim={"lr": 1e30, "clip_norm": None}))
+
+
+def test_max_steps_ends_early_and_is_evaluated(tmp_path: Path) -> None:
+    result = run(tiny(ray__storage_path=str(tmp_path), schedule__max_steps=2))
+    assert (result["steps"], result["epochs"], result["status"]) == (2, 1, "finished")
+    assert result["final"]["vit"]["top1"] >= 0
+
+
+def test_held_out_images_are_used_for_selection_and_the_test_set_once(tmp_path: Path) -> None:
+    result = run(tiny(ray__storage_path=str(tmp_path), data__held_out=0.2))
+    records, _ = read_journal(tmp_path / "tiny" / "metrics.jsonl")
+    assert [r.epoch for r in records if r.name == "held_out/vit/top1"] == [0, 1, 2]
+    assert [r.epoch for r in records if r.name == "test/vit/top1"] == [2]
+    assert result["held_out"] is not None
+    never = run(tiny(name="never", ray__storage_path=str(tmp_path), data__held_out=0.2), test="never")
+    assert never["final"] is None
+    assert never["held_out"] == result["held_out"]
+
+
+def test_a_run_that_was_taken_over_stops_writing(tmp_path: Path) -> None:
+    config = tiny(ray__storage_path=str(tmp_path))
+    folder, _ = claim(config, resume=False, overwrite=False)
+
+    def take_over(report: EpochReport) -> None:
+        claim(config, resume=True, overwrite=False)
+
+    with pytest.raises(RunFailed, match="taken over"):
+        fit(config, ONE, folder, on_epoch=take_over)
+    assert not (tmp_path / "tiny" / "result.json").exists()
+
+
+def test_a_name_that_exists(tmp_path: Path) -> None:
+    config = tiny(ray__storage_path=str(tmp_path))
+    run(config)
+    with pytest.raises(UserError, match="a run of this name exists"):
+        claim(config, resume=False, overwrite=False)
+    assert claim(config, resume=True, overwrite=False)[1] == "finished"
+    assert claim(config, resume=False, overwrite=True)[1] == "absent"
+
+
+def test_resuming_something_else_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Stop):
+        run(tiny(ray__storage_path=str(tmp_path)), stop_after=1)
+    changed = tiny(ray__storage_path=str(tmp_path), optim__lr=0.5)
+    with pytest.raises(UserError, match=r"optim.lr=0.5: the run was started with optim.lr=0.002"):
+        claim(changed, resume=True, overwrite=False)
+
+
+def test_a_strangers_folder_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny" / "thesis.tex").write_text("years")
+    with pytest.raises(UserError, match="is not a run"):
+        claim(tiny(ray__storage_path=str(tmp_path)), resume=False, overwrite=True)
+    assert (tmp_path / "tiny" / "thesis.tex").exists()

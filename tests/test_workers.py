@@ -1,0 +1,68 @@
+"""Several processes compute what one does: uneven shares, synchronised BatchNorm, exact evaluation."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from helpers import ONE, batch, tiny
+
+from bootvit.data.batches import Batch
+from bootvit.learner import Learner, World
+
+SIZE, STEPS = 7, 3  # not a multiple of two or three
+
+
+def configured(method: str) -> dict[str, object]:
+    return {"method": method, "model": {"agent": {"sync_norm": True}}, "precision": "fp64", "optim": {"sam_rho": 0.05}}
+
+
+def part(whole: Batch, rank: int, size: int) -> Batch:
+    rows = torch.tensor_split(torch.arange(len(whole.labels)), size)[rank]
+    return Batch(whole.images.double()[rows], whole.labels[rows], whole.global_size)
+
+
+def train(method: str, world: World) -> Learner:
+    learner = Learner(tiny(**configured(method)), 10, world)
+    for step in range(STEPS):
+        learner.step(part(batch(SIZE, seed=step), world.rank, world.size), step, 0, 0.1 * step)
+    return learner
+
+
+def worker(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
+    out = {}
+    for method in ("joint", "shared"):
+        learner = train(method, World(rank, size, torch.device("cpu")))
+        mine = [part(batch(11, seed=9), rank, size)] if rank else []  # rank 0 has nothing to evaluate
+        mine += [part(batch(11, seed=9), 0, size)] if rank == 1 else []
+        out[method] = (learner.networks.state_dict(), {n: tuple(c) for n, c in learner.evaluate(mine).items()})
+    torch.save(out, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module", params=[2, 3])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[dict[str, torch.Tensor], dict[str, tuple[float, ...]]]]]:  # fmt: skip
+    folder = tmp_path_factory.mktemp("workers")
+    mp.spawn(worker, args=(request.param, str(folder)), nprocs=request.param)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
+
+
+@pytest.mark.parametrize("method", ["joint", "shared"])
+def test_workers_train_the_model_of_one_process(results: list[dict], method: str) -> None:  # type: ignore[type-arg]
+    alone = train(method, ONE).networks.state_dict()
+    for result in results:
+        for name, value in result[method][0].items():
+            torch.testing.assert_close(value, alone[name], rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("method", ["joint", "shared"])
+def test_workers_count_what_one_process_counts(results: list[dict], method: str) -> None:  # type: ignore[type-arg]
+    learner = train(method, ONE)
+    counts = learner.evaluate([part(batch(11, seed=9), 0, 1)])
+    for result in results:
+        for net, seen in result[method][1].items():
+            assert seen[:3] == tuple(counts[net])[:3]
+            assert seen[3] == pytest.approx(counts[net].loss_sum, rel=1e-9)
