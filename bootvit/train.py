@@ -36,9 +36,11 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
     check_evaluable(config, splits)
     if local and config.ray.num_workers > 1:
         raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process; leave it out for Ray Train")
-    run = run_local if local else run_under_ray
-    if not local:
+    if local:
+        pick_device(config.ray.use_gpu)
+    else:
         start_ray(config)
+    run = run_local if local else run_under_ray
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
         print(f"{folder.path} is finished; nothing to do")
