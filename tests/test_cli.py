@@ -34,7 +34,7 @@ def folder_of_images(root: Path) -> Path:
     return root
 
 
-FOLDER = "data={source: imagefolder, root: images, image_size: 8, augment: none}"
+FOLDER = "data={source: imagefolder, root: images, image_size: 8, augment: crop, fraction: 1.0}"
 
 
 def broken_jpeg(here: Path) -> None:
@@ -97,7 +97,7 @@ BAD = [
     (nothing, ["train", "tiny.yaml", "--local", "data.source=cifar10", "data.root=gone"], "gone"),
     (nothing, ["train", "tiny.yaml", "--local", "data.num_classes=3"], "num_classes"),
     (broken_jpeg, ["train", "tiny.yaml", "--local", FOLDER], "0.png"),
-    (unequal_sizes, ["train", "tiny.yaml", "--local", FOLDER, "data.augment=crop"], "9.png"),
+    (unequal_sizes, ["train", "tiny.yaml", "--local", FOLDER], "9.png"),
     (empty_class, ["train", "tiny.yaml", "--local", FOLDER], "train/c: the class folder holds no images"),
     (other_classes, ["train", "tiny.yaml", "--local", FOLDER], "z"),
     (finished_run, ["train", "tiny.yaml", "--local"], "a run of this name exists"),
