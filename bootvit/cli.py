@@ -102,9 +102,9 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Method x fraction tables and plots from run folders or from MLflow."""
-    from bootvit import report as reports
+    from bootvit.report.command import command
 
-    reports.command(folders or [], experiment=experiment, sweep=sweep, out=out, as_json=as_json)
+    command(folders or [], experiment=experiment, sweep=sweep, out=out, as_json=as_json)
 
 
 @data_app.command("info")
