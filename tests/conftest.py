@@ -1,0 +1,28 @@
+"""What every test shares: one thread, a cache of its own, and the shared data sets where they are present."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real CIFAR-10 and ImageNet images: BOOTVIT_SHARED_DATA, or ../shared/data beside the clone."""
+    beside = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+    folder = Path(os.environ.get("BOOTVIT_SHARED_DATA", beside))
+    if not folder.is_dir():
+        pytest.skip(f"no shared data at {folder}: set BOOTVIT_SHARED_DATA")
+    return folder
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Decoded images go to a folder of this test run."""
+    os.environ["BOOTVIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
