@@ -126,8 +126,16 @@ class WorkerLoader:
             multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
             generator=torch.Generator(),  # else the loader would draw from torch's own
         )
-        batches = (self._batch(part, loaded) for part, loaded in zip(pieces, loader, strict=True))
+        batches = self._batches(pieces, loader)
         return _one_ahead(batches) if cuda else batches
+
+    def _batches(self, pieces: Sequence[Piece], loader: DataLoader[Loaded]) -> Iterator[Batch]:
+        iterator = iter(loader)
+        try:
+            for part in pieces:
+                yield self._batch(part, next(iterator))
+        finally:
+            del iterator  # ends the processes now, and not when an error's traceback is collected
 
     def _batch(self, part: Piece, loaded: Loaded) -> Batch:
         for place, reason in loaded.broken:
