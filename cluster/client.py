@@ -6,6 +6,7 @@ client reads it, and nothing here stores it, shows it or sends it elsewhere than
 
 from __future__ import annotations
 
+import http.client
 import logging
 import os
 import urllib.error
@@ -56,7 +57,7 @@ def _probe(url: str) -> None:
             return
     except urllib.error.HTTPError:
         return  # an answer, such as 401 before the token is shown
-    except (OSError, ValueError) as err:
+    except (OSError, ValueError, http.client.HTTPException) as err:
         reason = getattr(err, "reason", err)
         raise UserError(
             f"{url}: no Ray cluster answers there ({reason}): start one, or give its dashboard with --address"

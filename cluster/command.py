@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from bootvit.config import (
@@ -26,6 +26,9 @@ from bootvit.config import (
     read_layers,
 )
 from bootvit.errors import UserError
+
+if TYPE_CHECKING:
+    from tune.schema import Sweep
 
 VERBS = ("train", "sweep")
 USAGE = "bootvit submit -- train CONFIG [KEY=VALUE ...], or bootvit submit -- sweep SWEEP [KEY=VALUE ...]"
@@ -65,33 +68,59 @@ def check_command(words: Sequence[str], env: Mapping[str, str] = os.environ) -> 
         raise UserError(f"{words[0]}: no config is named: expected {USAGE}")
     overrides = [words[i] for i in places[1:]]
     path = find_config(words[places[0]])
-    sweep = _read_sweep(path, overrides) if words[0] == "sweep" else None
-    base = _base_file(path, sweep) if sweep is not None else path
-    config = _check_config(base, overrides if sweep is None else _base_overrides(overrides), env)
+    checked = _check_train(path, overrides, env) if words[0] == "train" else _check_sweep(path, overrides, env)
     local = "--local" in words or "--dry-run" in words
     return Command(
         words=tuple(words),
         config_at=places[0],
         config=path.resolve(),
-        files=frozenset(_files(path) | _files(base)),
-        name=config.name if sweep is None else str(sweep.get("name", path.stem)),
-        workers=None if local else _train_workers(config) if sweep is None else _sweep_workers(config, sweep),
+        files=frozenset(_files(path) | _files(checked.base)),
+        name=checked.name,
+        workers=None if local else checked.workers,
     )
 
 
-# ------------------------------------------------------------------------------------------------- configs
+class Checked(NamedTuple):
+    """What a command's own file says: its name, the config that is trained, and the workers it needs."""
+
+    name: str
+    base: Path
+    workers: Workers
 
 
-def _check_config(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Config:
+def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
     config = load_config(str(path), overrides)
-    raw = read_layers(path)  # before places are resolved against this folder
+    _check_places(_layers(path, overrides), str(path), env)
+    return Checked(config.name, path, _train_workers(config))
+
+
+def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
+    from tune.schema import SweepFile, load_sweep
+    from tune.space import check_space
+
+    own = [text for text in overrides if parse_override(text)[0].split(".")[0] in SweepFile.model_fields]
+    for text in own:
+        if text.startswith("base=") and Path(text.removeprefix("base=")).is_file():
+            raise UserError(f"override {text!r}: the job does not have this file: name it in the sweep file")
+    sweep = load_sweep(str(path), overrides)
+    check_space(sweep)
+    base = find_config(sweep.file.base)
+    _check_places(_layers(base, [text for text in overrides if text not in own]), str(base), env)
+    return Checked(sweep.file.name, base, _sweep_workers(sweep))
+
+
+def _layers(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
+    """A config as it is written, before its places are resolved against this folder."""
+    raw = read_layers(path)
     for text in overrides:
         raw = merge(raw, nest(*parse_override(text)))
-    _check_places(raw, config, str(path), env)
-    return config
+    return raw
 
 
-def _check_places(raw: dict[str, Any], config: Config, origin: str, env: Mapping[str, str]) -> None:
+# ------------------------------------------------------------------------------------------------- places
+
+
+def _check_places(raw: dict[str, Any], origin: str, env: Mapping[str, str]) -> None:
     """Every place must mean the same on the cluster, and outlive the job."""
     storage = _get(raw, "ray.storage_path")
     if not _is_absolute(storage):
@@ -103,7 +132,7 @@ def _check_places(raw: dict[str, Any], config: Config, origin: str, env: Mapping
         value = _get(raw, key)
         if value not in (None, "timm") and not _is_absolute(value):
             raise UserError(f"{origin}: {key}={value} is relative, but the job runs elsewhere: make it absolute")
-    if config.tracking.enabled:
+    if _get(raw, "tracking.enabled") is not False:
         given = _get(raw, "tracking.uri")
         key = "MLFLOW_TRACKING_URI" if given is None else "tracking.uri"
         _check_tracking(given or env.get("MLFLOW_TRACKING_URI"), origin, key)
@@ -141,6 +170,9 @@ def _get(tree: dict[str, Any], key: str) -> Any:
     return node
 
 
+# ------------------------------------------------------------------------------------------------- resources
+
+
 def _train_workers(config: Config) -> Workers:
     ray = config.ray
     asked = f"ray.num_workers={ray.num_workers} with ray.cpus_per_worker={ray.cpus_per_worker:g}"
@@ -149,41 +181,12 @@ def _train_workers(config: Config) -> Workers:
     return Workers(ray.num_workers, ray.cpus_per_worker, float(bool(ray.use_gpu)), asked)
 
 
-# ------------------------------------------------------------------------------------------------- sweeps
-
-
-def _read_sweep(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """The sweep file with the overrides that are its own."""
-    sweep = read_layers(path)
-    own = [text for text in overrides if text not in _base_overrides(overrides)]
-    for text in own:
-        sweep = merge(sweep, nest(*parse_override(text)))
-    return sweep
-
-
-def _base_overrides(overrides: Sequence[str]) -> list[str]:
-    """Keys that a sweep does not know go to its base config; `name` is the sweep's."""
-    keys = set(Config.model_fields) - {"name"}
-    return [text for text in overrides if parse_override(text)[0].split(".")[0] in keys]
-
-
-def _base_file(path: Path, sweep: dict[str, Any]) -> Path:
-    base = sweep.get("base")
-    if not isinstance(base, str):
-        raise UserError(f"{path}: base={base}: expected the base config, such as ../digits/joint.yaml")
-    beside = path.resolve().parent / base
-    return beside if beside.is_file() else find_config(base)
-
-
-def _sweep_workers(config: Config, sweep: dict[str, Any]) -> Workers:
-    if config.ray.num_workers > 1:
-        return _train_workers(config)
-    cpus, gpus = (_number(_get(sweep, f"resources.{key}"), default) for key, default in (("cpu", 1), ("gpu", 0)))
-    return Workers(1, cpus, gpus, f"a trial with resources.cpu={cpus:g} and resources.gpu={gpus:g}")
-
-
-def _number(value: Any, default: float) -> float:
-    return float(value) if isinstance(value, int | float) else default
+def _sweep_workers(sweep: Sweep) -> Workers:
+    """One trial's; `resources` are those of all its workers together."""
+    ray, asked = sweep.base.ray, sweep.file.resources
+    cpus = asked.cpu or ray.num_workers * ray.cpus_per_worker
+    line = f"a trial with {cpus:g} CPUs and {asked.gpu:g} GPUs over ray.num_workers={ray.num_workers}"
+    return Workers(ray.num_workers, cpus / ray.num_workers, asked.gpu / ray.num_workers, line)
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -8,7 +8,6 @@ import pytest
 
 from bootvit.errors import UserError
 from cluster.capacity import check_capacity, known_nodes
-from cluster.client import dashboard
 from cluster.command import Workers, check_command, outlives_job
 from cluster.submit import check_id, new_id
 
@@ -19,8 +18,8 @@ GOOD = ["ray.storage_path=/shared/runs", "tracking.uri=http://mlflow:5000"]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty folder to stand in, with a tiny config and a sweep of it."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "tiny.yaml").write_text("name: tiny\ndata: {image_size: 32}\n")
-    (tmp_path / "sweep.yaml").write_text("name: both\nbase: tiny.yaml\nspace: {seed: {grid: [0, 1]}}\n")
+    (tmp_path / "tiny.yaml").write_text("name: tiny\ndata: {image_size: 32, held_out: 0.1}\n")
+    (tmp_path / "sweep.yaml").write_text("name: both\nbase: tiny.yaml\nspace: {optim.lr: {grid: [1e-3, 2e-3]}}\n")
     return tmp_path
 
 
@@ -49,8 +48,9 @@ def test_a_good_command_is_taken_apart(folder: Path) -> None:
         (["train", "tiny.yaml", "seeed=1", *GOOD], "unknown key 'seeed', did you mean 'seed'?"),
         (["train", "tiny.yaml", "seed=x", *GOOD], "seed="),
         (["train", "tiny.yaml", "resume", *GOOD], "expected KEY=VALUE"),
-        (["sweep", "tiny.yaml", *GOOD], "base=None"),
-        (["sweep", "sweep.yaml", "seeed.x=1", "base=none.yaml", *GOOD], "none.yaml"),
+        (["sweep", "tiny.yaml", *GOOD], "unknown key 'data'"),
+        (["sweep", "sweep.yaml", "base=tiny.yaml", *GOOD], "name it in the sweep file"),
+        (["sweep", "sweep.yaml", "space.optim.lr.grid=[-1]", *GOOD], "optim.lr"),
         (["sweep", "sweep.yaml", "optim.lrr=1", *GOOD], "did you mean 'optim.lr'?"),
     ],
 )
@@ -105,7 +105,7 @@ def test_the_files_of_a_sweep_are_followed(folder: Path) -> None:
     (folder / "deep").mkdir()
     (folder / "deep" / "base.yaml").write_text("extends: ../tiny.yaml\n")
     (folder / "deep" / "common.yaml").write_text("base: base.yaml\n")
-    (folder / "deep" / "sweep.yaml").write_text("extends: [common.yaml]\nspace: {}\n")
+    (folder / "deep" / "sweep.yaml").write_text("extends: [common.yaml]\nname: s\nspace: {optim.lr: {grid: [1e-3]}}\n")
     command = check_command(["sweep", "deep/sweep.yaml", *GOOD], {})
     names = {path.relative_to(folder).as_posix() for path in command.files}
     assert names == {"deep/sweep.yaml", "deep/common.yaml", "deep/base.yaml", "tiny.yaml"}
@@ -113,7 +113,8 @@ def test_the_files_of_a_sweep_are_followed(folder: Path) -> None:
 
 @pytest.mark.parametrize("key", ["extends", "base"])
 def test_files_that_only_this_machine_has_are_refused(folder: Path, key: str) -> None:
-    files = {"extends": "tiny.yaml", "base": "tiny.yaml"} | {key: f"{folder}/tiny.yaml"}
+    files = {"extends": "sweep.yaml", "base": "tiny.yaml"}
+    files[key] = f"{folder}/{files[key]}"
     (folder / "far.yaml").write_text("".join(f"{name}: {place}\n" for name, place in files.items()))
     assert "relative to the file" in refused("sweep", "far.yaml", *GOOD)
 
@@ -121,11 +122,11 @@ def test_files_that_only_this_machine_has_are_refused(folder: Path, key: str) ->
 def test_what_a_command_asks_of_the_cluster(folder: Path) -> None:
     four = ("ray.num_workers=4", "ray.cpus_per_worker=2.5", "ray.use_gpu=true", *GOOD)
     train = check_command(["train", "tiny.yaml", *four], {}).workers
-    sweep = check_command(["sweep", "sweep.yaml", "resources.gpu=0.5", *GOOD], {}).workers
+    sweep = check_command(["sweep", "sweep.yaml", "resources.gpu=0.5", "resources.cpu=3", *GOOD], {}).workers
     assert train is not None
     assert sweep is not None
     assert (train.count, train.cpus, train.gpus) == (4, 2.5, 1)
-    assert (sweep.count, sweep.cpus, sweep.gpus) == (1, 1, 0.5)
+    assert (sweep.count, sweep.cpus, sweep.gpus) == (1, 3, 0.5)
     assert check_command(["train", "tiny.yaml", "--local", *four], {}).workers is None
 
 
@@ -150,16 +151,6 @@ def test_a_cluster_that_may_grow_is_not_counted() -> None:
     assert known_nodes({"data": {"clusterStatus": by_hand}}) == [{"CPU": 2.0}]
     assert known_nodes({"data": {"clusterStatus": growing}}) is None
     assert known_nodes({"data": {"clusterStatus": None}}) is None
-
-
-def test_where_the_cluster_is() -> None:
-    env = {"RAY_API_SERVER_ADDRESS": "http://b:1/", "RAY_ADDRESS": "http://c:1"}
-    assert dashboard("https://a:1", env) == "https://a:1"
-    assert dashboard(None, env) == "http://b:1"
-    assert dashboard(None, {"RAY_ADDRESS": "http://c:1"}) == "http://c:1"
-    assert dashboard(None, {}) == "http://127.0.0.1:8265"
-    with pytest.raises(UserError, match="RAY_ADDRESS=head:6379: expected the URL"):
-        dashboard(None, {"RAY_ADDRESS": "head:6379"})
 
 
 def test_submission_ids() -> None:

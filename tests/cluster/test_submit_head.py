@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import signal
+import sqlite3
 import subprocess
+import sys
 import time
 
 import pytest
@@ -104,3 +107,55 @@ def test_no_way_in_is_one_line_within_seconds(head: Head, env: dict[str, str], e
     assert out == ""
     assert expected in only_line(err)
     assert "0123" not in err
+
+
+def bootvit(head: Head, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "bootvit", *words]
+    return subprocess.run(
+        command, env=head.env | env, cwd=head.folder, text=True, capture_output=True, timeout=300, check=False
+    )
+
+
+def test_a_training_is_submitted_from_anywhere_and_leaves_its_run(head: Head) -> None:
+    """From an empty folder with a config of one's own; the run and its record lie where they were asked to."""
+    (head.folder / "mine.yaml").write_text("name: mine\nschedule: {max_steps: 2, epochs: 1}\n")
+    places = (f"ray.storage_path={head.folder}/runs", f"tracking.uri=sqlite:///{head.folder}/mlflow.db")
+    model = ("model.vit.width=24", "model.vit.depth=1", "model.vit.heads=3", "data.image_size=16")
+    words = ("train", "mine.yaml", "method=vit", "data.batch_size=8", *model, *places)
+    done = bootvit(head, "submit", "--", *words)
+    assert done.returncode == 0, done.stderr
+    assert only_line(done.stderr).startswith("bootvit: submitted train-mine-")
+    result = json.loads((head.folder / "runs" / "mine" / "result.json").read_text())
+    assert result["status"] == "finished"
+    with sqlite3.connect(head.folder / "mlflow.db") as database:
+        assert database.execute("select run_uuid, status from runs").fetchall() == [
+            (result["mlflow_run_id"], "FINISHED")
+        ]
+    again = bootvit(head, "submit", "--", *words)  # that name exists: the mistake is found there, and is ours
+    assert again.returncode == 2
+    assert "mine" in again.stdout
+    assert re.fullmatch(r"bootvit: error: train-mine-\w+ failed: exit status 2", again.stderr.splitlines()[-1])
+
+
+def test_a_mistake_in_the_config_never_gets_there(head: Head) -> None:
+    before = head.ray("job", "list", "--address", head.url)
+    done = bootvit(head, "submit", "--", "train", "digits/joint", "data.fractoin=0.1")
+    assert done.returncode == 2
+    assert "did you mean 'data.fraction'?" in only_line(done.stderr)
+    assert head.ray("job", "list", "--address", head.url) == before
+
+
+def test_without_waiting_the_id_is_printed(head: Head) -> None:
+    places = (f"ray.storage_path={head.folder}/runs", "tracking.enabled=false")
+    done = bootvit(head, "submit", "--no-wait", "--", "train", "digits/vit", "schedule.max_steps=1", "--local", *places)
+    assert done.returncode == 0
+    name = done.stdout.strip()
+    assert re.fullmatch(f"bootvit: submitted {name} to {head.url}; {REATTACH.format(name)}\n", done.stderr)
+    head.ray("job", "stop", "--address", head.url, name)
+
+
+def test_without_the_token_the_command_is_a_mistake(head: Head) -> None:
+    places = (f"ray.storage_path={head.folder}/runs", "tracking.enabled=false")
+    done = bootvit(head, "submit", "--", "train", "digits/vit", *places, RAY_AUTH_MODE="disabled")
+    assert done.returncode == 2
+    assert "the cluster wants a token" in only_line(done.stderr)
