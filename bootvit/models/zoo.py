@@ -197,12 +197,11 @@ def build_agent(config: Config, num_classes: int, vit: VisionTransformer | None)
     if not mirrors(cfg):
         return TimmCNN(_timm_cnn(cfg, num_classes))
     shape = vit_shape(config.model.vit)
-    taps = head_taps(cfg.heads or shape.heads, tap_rule(cfg, config.model.vit.name))
     if config.method == "shared":
         assert vit is not None
-        blocks = _shared_blocks(config, vit, taps)
+        blocks = _shared_blocks(config, vit, agent_taps(config))
     else:
-        blocks = _own_blocks(cfg, shape, taps)
+        blocks = _own_blocks(config, shape)
     stem = (
         patch_stem(shape.width, agent_patch(cfg, shape))
         if cfg.stem == "patch"
@@ -211,6 +210,13 @@ def build_agent(config: Config, num_classes: int, vit: VisionTransformer | None)
     agent = Agent(stem, blocks, cfg.downsample, shape.width, num_classes)
     init_agent(agent, config.model.init)
     return agent
+
+
+def agent_taps(config: Config) -> tuple[Tap, ...]:
+    """The places of the heads of an agent that has one matrix per head; `UserError` where its rule has none."""
+    agent = config.model.agent
+    heads = agent.heads or vit_shape(config.model.vit).heads
+    return head_taps(heads, tap_rule(agent, config.model.vit.name))
 
 
 def mirrors(agent: AgentConfig) -> bool:
@@ -222,11 +228,13 @@ def _norm(agent: AgentConfig) -> Any:
     return agent.norm or ("pre" if agent.name == "agent_small" else "post")
 
 
-def _own_blocks(cfg: AgentConfig, shape: ViTShape, taps: tuple[Tap, ...]) -> list[AgentBlock]:
+def _own_blocks(config: Config, shape: ViTShape) -> list[AgentBlock]:
+    cfg = config.model.agent
+
     def mixer() -> nn.Module:
         if cfg.name == "agent_small":
             return nn.Conv2d(shape.width, shape.width, 3, padding=1)
-        return HeadTapConv(shape.width, taps)
+        return HeadTapConv(shape.width, agent_taps(config))
 
     def mlp() -> nn.Module:
         return ConvMLP(shape.width, cfg.mlp_width or shape.mlp_width, cfg.dropout or 0.0)
@@ -294,7 +302,7 @@ def _check_agent(config: Config) -> None:
     if config.method == "shared" and heads != shape.heads:
         raise UserError(f"model.agent.heads={heads}: a shared agent has the ViT's {shape.heads} heads")
     if config.method == "shared" or cfg.name == "agent_base":
-        head_taps(heads, tap_rule(cfg, config.model.vit.name))
+        agent_taps(config)
     beyond = [i for i in cfg.downsample if i >= shape.depth]
     if beyond:
         raise UserError(
