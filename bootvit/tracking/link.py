@@ -38,9 +38,7 @@ class RunLink(BaseModel):
         try:
             return cls.model_validate_json(path.read_text(encoding="utf-8"))
         except (ValidationError, UnicodeDecodeError) as err:
-            raise UserError(
-                f"{path}: not what bootvit wrote there; remove it to start a new MLflow run"
-            ) from err
+            raise UserError(f"{path}: not what bootvit wrote there; remove it to start a new MLflow run") from err
 
     def save(self, path: Path) -> None:
         """Replace the file as a whole."""

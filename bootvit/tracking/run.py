@@ -24,9 +24,7 @@ class MlflowRun(TrackedRun):
     each point of the journal once. It is the driver's: there must be one at a time for a directory.
     """
 
-    def __init__(
-        self, config: Config, run_dir: Path, *, tags: Mapping[str, str], parent: str | None = None
-    ) -> None:
+    def __init__(self, config: Config, run_dir: Path, *, tags: Mapping[str, str], parent: str | None = None) -> None:
         self._config = config
         self._result: dict[str, Any] = {}
         self._shipped = -1  # step; starts at -1 so that the first sync compares everything with the store
@@ -100,9 +98,7 @@ class MlflowRun(TrackedRun):
         path = self._folder / "result.json"
         result = self._result or (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
         milliseconds = int(time.time() * 1000)
-        self._send_points(
-            Point(key, value, milliseconds, covered) for key, value in final_metrics(result).items()
-        )
+        self._send_points(Point(key, value, milliseconds, covered) for key, value in final_metrics(result).items())
         if result.get("data_fingerprint"):
             self._tags["bootvit.data_fingerprint"] = str(result["data_fingerprint"])
             self._send_tags(self._tags)

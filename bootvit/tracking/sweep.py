@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bootvit.tracking.link import Status
+from bootvit.tracking.link import RunLink, Status
+from bootvit.tracking.store import connect, mlflow_available, public, tracking_uri
 from bootvit.tracking.tags import param_text, source_version
 from bootvit.tracking.tracked import Point, TrackedRun
 
@@ -70,9 +72,7 @@ class SweepRun(TrackedRun):
     def _send_state(self, document: Mapping[str, Any]) -> None:
         self._send_points(state_points(document, int(time.time() * 1000)))
         best = document.get("best") or {}
-        self._send_tags(
-            {f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best.items()}
-        )
+        self._send_tags({f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best.items()})
         if (self._folder / "sweep.json").exists():
             self._send_file(self._folder / "sweep.json")
 
@@ -98,3 +98,19 @@ def state_points(document: Mapping[str, Any], timestamp: int) -> Iterator[Point]
 def safe_name(group: str) -> str:
     """A group as part of a metric's or a tag's name: MLflow knows letters, digits and `_ - . space : /`."""
     return re.sub(r"[^\w\-. :/]", "_", group.replace("=", ":"), flags=re.ASCII)[:150]
+
+
+def attach_to_sweep(sweep_dir: Path, files: Sequence[Path]) -> None:
+    """Attach a report to the sweep's parent run, whether or not the sweep still runs; a warning if MLflow fails."""
+    path = sweep_dir / "mlflow.json"
+    if not path.exists() or not mlflow_available():
+        return
+    link = RunLink.load(path)
+    uri = tracking_uri(None) if "***" in link.uri or not link.uri else link.uri
+    try:
+        client = connect(uri)
+        for file in files if link.run_id else ():
+            client.log_artifact(link.run_id, str(file), "report")
+    except Exception as err:  # the report is on disk: MLflow's absence does not spoil it
+        reason = " ".join(str(err).split())[:200]
+        print(f"bootvit: warning: the report is not in MLflow at {public(uri)}: {public(reason)}", file=sys.stderr)

@@ -1,0 +1,75 @@
+"""What `bootvit report` does."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from bootvit.config import RayConfig
+from bootvit.errors import UserError
+from bootvit.report.from_mlflow import collect_mlflow
+from bootvit.report.rows import collect_folders
+from bootvit.report.sweep import print_sweep, sweep_json, write_sweep_report
+from bootvit.report.write import print_table, report_json, write_report
+from bootvit.tracking import tracking_uri
+from bootvit.tracking.sweep import attach_to_sweep
+
+
+def command(
+    folders: Sequence[Path],
+    *,
+    experiment: str | None = None,
+    sweep: str | None = None,
+    out: Path | None = None,
+    as_json: bool = False,
+) -> None:
+    """Report runs from folders (by default the storage path) or from MLflow, or a sweep.
+
+    The table goes to the terminal, the page into `out`: by default `./report`, or `report` in the sweep's folder.
+    With `as_json` one document is printed instead, and a page written only if `out` is given.
+    """
+    if sum((bool(folders), experiment is not None, sweep is not None)) > 1:
+        raise UserError("FOLDER, --experiment and --sweep exclude one another: give one of them")
+    if sweep is not None:
+        return _sweep(find_sweep(sweep), out, as_json)
+    if experiment is not None:
+        rows = collect_mlflow(tracking_uri(None), experiment)
+    else:
+        rows = collect_folders(folders or [storage()])
+    if as_json:
+        print(json.dumps(report_json(rows), indent=2, allow_nan=False))
+    else:
+        print_table(rows)
+    if out or not as_json:
+        _say(write_report(rows, out or Path("report")), quiet=as_json)
+    return None
+
+
+def storage() -> Path:
+    """Where runs are stored by default."""
+    return Path(RayConfig().storage_path)
+
+
+def find_sweep(name: str) -> Path:
+    """A sweep's folder, or its name below the storage path."""
+    for folder in (Path(name), storage() / name):
+        if (folder / "sweep.json").is_file():
+            return folder
+    raise UserError(f"--sweep {name}: no sweep.json in {name} or {storage() / name}; run: bootvit sweep SWEEP")
+
+
+def _sweep(folder: Path, out: Path | None, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(sweep_json(folder), indent=2, allow_nan=False))
+    else:
+        print_sweep(folder)
+    if out or not as_json:
+        files = write_sweep_report(folder, out or folder / "report")
+        attach_to_sweep(folder, files)
+        _say(files, quiet=as_json)
+
+
+def _say(files: Sequence[Path], *, quiet: bool) -> None:
+    if not quiet:
+        print("written: " + ", ".join(str(file) for file in files))

@@ -1,0 +1,99 @@
+"""Runs as rows of a report, read from an MLflow experiment."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from difflib import get_close_matches
+from typing import Any
+
+from bootvit.errors import UserError
+from bootvit.report.rows import Curve, RunRow, Split, longest
+from bootvit.tracking.store import connect, mlflow_available, public, sqlite_path
+
+STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted"}
+
+
+def collect_mlflow(uri: str, experiment: str) -> list[RunRow]:
+    """Every training run of an experiment; `UserError` if the store, the experiment or its runs are not there."""
+    if not mlflow_available():
+        raise UserError("MLflow is not installed: pip install 'bootvit[mlflow]', or report from run folders")
+    path = sqlite_path(uri)
+    if path and not path.exists():
+        raise UserError(f"{path}: no MLflow database there; train first, such as: bootvit train digits/joint")
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client = connect(uri)
+        rows = [_row(client, run) for run in _runs(client, uri, experiment)]
+    except MlflowException as err:
+        raise UserError(f"MLflow at {public(uri)}: {public(str(err).splitlines()[0][:200])}") from err
+    if not rows:
+        raise UserError(f"experiment {experiment!r} at {public(uri)}: no runs of bootvit there; train first")
+    return rows
+
+
+def _runs(client: Any, uri: str, experiment: str) -> Iterator[Any]:
+    found = client.get_experiment_by_name(experiment)
+    if found is None:
+        known = [each.name for each in client.search_experiments()]
+        near = get_close_matches(experiment, known, n=1) or known
+        raise UserError(f"{public(uri)}: no experiment {experiment!r}; there is {near[0]!r}")
+    token = None
+    while True:
+        page = client.search_runs([found.experiment_id], "tags.`bootvit.kind` = 'run'", page_token=token)
+        yield from page
+        token = page.token
+        if not token:
+            return
+
+
+def _row(client: Any, run: Any) -> RunRow:
+    tags, metrics = run.data.tags, run.data.metrics
+    final = _by_network(metrics, "final")
+    held_out = _by_network(metrics, "final/held_out")
+    tested = any(name.startswith("test/") for name in metrics)
+    status = STATUS.get(run.info.status, "unfinished")
+    return RunRow(
+        name=tags.get("mlflow.runName", run.info.run_name),
+        place=run.info.run_id,
+        method=tags["bootvit.method"],
+        status=status,
+        data=tags["bootvit.data"],
+        fraction=float(tags["bootvit.fraction"]),
+        seed=int(tags["bootvit.seed"]),
+        config=run.data.params,
+        held_out=held_out,
+        test=final if tested or final != held_out else {},
+        curves=_curves(client, run),
+        epochs=int(metrics.get("final/epochs", metrics.get("epoch", 0))),
+        seconds=metrics.get("final/seconds"),
+        gpu_seconds=metrics.get("final/gpu_seconds"),
+        fingerprint=tags.get("bootvit.data_fingerprint", ""),
+    )
+
+
+def _by_network(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    names = {network: f"{prefix}/{network}/top1" for network in ("vit", "agent")}
+    return {network: _value(metrics[name]) for network, name in names.items() if name in metrics}
+
+
+def _curves(client: Any, run: Any) -> dict[str, Curve]:
+    """The epoch of a point is the metric `epoch` at its step: MLflow's points have steps only."""
+    names = [name for name in run.data.metrics if name.endswith("/top1") and not name.startswith("final")]
+    if not names:
+        return {}
+    epochs = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "epoch")}
+    found: dict[str, dict[Split, Curve]] = defaultdict(dict)
+    for name in names:
+        prefix, network, _ = name.split("/")
+        split: Split = "test" if prefix == "test" else "held_out"
+        history = client.get_metric_history(run.info.run_id, name)
+        points = sorted((epochs[m.step], _value(m.value)) for m in history if m.step in epochs)
+        found[network][split] = Curve(split, tuple(points))
+    return {network: longest(curves) for network, curves in found.items()}
+
+
+def _value(stored: float) -> float:
+    """MLflow's stores turn an infinity into the largest number there is."""
+    return float("inf") if stored >= 1.7e308 else float("-inf") if stored <= -1.7e308 else float(stored)
