@@ -232,6 +232,15 @@ class Config(Section):
         return pair(self.data.image_size)
 
     @model_validator(mode="after")
+    def _every_network_learns(self) -> Self:
+        for net in self.networks:
+            weights: NetworkObjective = getattr(self.objective, net)
+            used = (weights.ce, weights.kd, weights.hint) if len(self.networks) == 2 else (weights.ce,)
+            if not any(used):
+                raise ValueError(f"objective.{net}: all weights that method={self.method} uses are zero")
+        return self
+
+    @model_validator(mode="after")
     def _batch_feeds_every_worker(self) -> Self:
         if self.data.batch_size < self.ray.num_workers:
             raise ValueError(

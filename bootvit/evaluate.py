@@ -32,8 +32,6 @@ def evaluate(config: Config, run_dir: Path, *, local: bool) -> Document:
     check_evaluable(config, open_splits(config.data))
     newest_checkpoint(run_dir)
     if local:
-        if config.ray.num_workers > 1:
-            raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process")
         return evaluate_here(config, run_dir, World(0, 1, pick_device(config.ray.use_gpu)))
     start_ray(config)
     job = {"config": config.model_dump(mode="json"), "run_dir": str(run_dir)}

@@ -31,11 +31,8 @@ from bootvit.optim import (
     put_back,
 )
 
-PRECISIONS = {
-    "fp32": torch.float32,
-    "bf16": torch.float32,
-    "fp64": torch.float64,
-}  # of weights; bf16 is autocast
+# of weights; bf16 is autocast
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
 
 
 class World(NamedTuple):
@@ -57,6 +54,7 @@ class Networks(nn.Module):
 
     def features(self, images: Tensor) -> dict[Network, Features]:
         """Every network's features of `images` (batch, 3, rows, cols)."""
+        images = images.to(next(self.parameters()).dtype)
         out: dict[Network, Features] = {}
         if self.vit is not None:
             out["vit"] = vit_features(self.vit, images)

@@ -1,0 +1,62 @@
+"""The loop under Ray Train: the command line on real workers, in one Ray for the whole file."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from helpers import TINY, write
+
+from bootvit import checkpoint
+from bootvit.__main__ import main
+from bootvit.config import dump_config, make_config, merge
+
+SYNCED = {"model": {"agent": {"sync_norm": True}}, "data": {"batch_size": 31}, "precision": "fp64"}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("ray")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        write(folder / "tiny.yaml", dump_config(make_config(merge(TINY, SYNCED), "tiny")))
+        yield folder
+    ray.shutdown()
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    saved = checkpoint.newest(run / "checkpoints")
+    assert saved is not None
+    return dict(checkpoint.load(saved.path)["learner"]["networks"])
+
+
+def test_two_workers_train_the_model_of_one_process_and_count_alike(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "tiny.yaml", "ray.num_workers=2"]) == 0
+    assert main(["train", "tiny.yaml", "name=alone", "--local"]) == 0
+    two, one = weights(here / "runs" / "tiny"), weights(here / "runs" / "alone")
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-7, atol=1e-8, msg=lambda m, n=name: f"{n}: {m}")
+    results = [json.loads((here / "runs" / n / "result.json").read_text()) for n in ("tiny", "alone")]
+    assert results[0]["final"] == results[1]["final"]
+
+    ray.shutdown()  # it was started for two workers; the next one asks for three
+    capsys.readouterr()
+    documents = []
+    for arguments in (["--local", "data.eval_batch_size=997"], ["ray.num_workers=3", "data.eval_batch_size=7"]):
+        assert main(["eval", "tiny", "--json", *arguments]) == 0
+        documents.append(json.loads(capsys.readouterr().out))
+    assert documents[0] == documents[1]
+
+
+def test_a_failure_on_the_workers_is_one_line(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "tiny.yaml", "name=bad", "optim.lr=1e300", "optim.clip_norm=null"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1
+    assert "not finite at step" in lines[0]
+    assert json.loads((here / "runs" / "bad" / "result.json").read_text())["status"] == "failed"
+    assert main(["train", "tiny.yaml", "name=greedy", "ray.num_workers=2", "ray.cpus_per_worker=4000"]) == 2
+    assert "the cluster has" in capsys.readouterr().err
