@@ -183,7 +183,18 @@ def run_fraction(case: Case) -> None:
 
 
 def kept_images(classes: dict[str, int], fraction: float) -> list[tuple[str, int]]:
-    """(key, label) of the training images that an image folder with these class sizes yields."""
+    """(key, label) of the training images that an image folder with these class sizes yields.
+
+    Where a class would be left without an image, the reference goes on without it and we refuse: then the rule alone.
+    """
+    kept = {name: round(size * fraction) for name, size in classes.items()}
+    if not all(kept.values()):
+        picked = [
+            (f"{name}/img_{place:04}.JPEG", label)
+            for label, (name, size) in enumerate(sorted(classes.items()))
+            for place in reference_picks(size, label, fraction)
+        ]
+        return sorted(picked)
     pixel = io.BytesIO()
     Image.new("RGB", (8, 8)).save(pixel, "JPEG")
     with tempfile.TemporaryDirectory() as folder:

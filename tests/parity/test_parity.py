@@ -8,6 +8,7 @@ import pytest
 from parity_kit import Case, ParityError, names_of, read_case
 from parity_networks import run_mutual, run_single
 from parity_pieces import run_failure, run_fraction, run_misc, run_units
+from parity_shipped import run_init_stats, run_sizes
 from parity_trajectory import run_trajectory
 
 FOLDER = Path(os.environ.get("BOOTVIT_PARITY_DIR") or Path(__file__).parent / "cases")
@@ -19,12 +20,14 @@ KINDS: dict[str, Callable[[Case], None]] = {
     "fraction": run_fraction,
     "misc": run_misc,
     "failure": run_failure,
+    "model_sizes": run_sizes,
+    "init_stats": run_init_stats,
 }
 
 
 def run_case(case: Case) -> None:
     """Compare everything that a case has recorded."""
-    kind = case.facts.get("case")
+    kind = case.facts.get("case", case.name)  # two files about the shipped sizes are not cases
     if kind not in KINDS:
         raise ParityError(f"{case.name}: a case of the unknown kind {kind!r}")
     KINDS[kind](case)
