@@ -14,7 +14,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bootvit.config import Config, Network, ScheduleConfig
 from bootvit.data.batches import Batch
-from bootvit.errors import RunFailed
 from bootvit.models import Features
 from bootvit.models.sync import synchronise_norms
 from bootvit.models.vit import vit_features
@@ -279,12 +278,13 @@ def seed_from(*numbers: int) -> None:
 
 
 def count(logits: Tensor, labels: Tensor) -> Tensor:
-    """(correct, correct among the first five, total, summed cross entropy) of a batch, (4,) float64."""
-    if not torch.isfinite(logits).all():
-        raise RunFailed("evaluation: the network's logits are not finite")
+    """(correct, correct among the first five, total, summed cross entropy) of a batch, (4,) float64.
+
+    An image whose logits are not finite is wrong: BatchNorm's young statistics can overflow in the first steps.
+    """
     logits = logits.double()
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (batch, 5)
-    hit = top == labels[:, None]
+    hit = (top == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     total = torch.tensor(len(labels), device=logits.device)
     return torch.stack([hit[:, 0].sum(), hit.sum(), total, loss]).double()
