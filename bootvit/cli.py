@@ -47,6 +47,20 @@ def train(
     print_result(run(load_config(config, overrides or []), local=local, resume=resume, overwrite=overwrite))
 
 
+@app.command()
+def sweep(
+    sweep: Annotated[str, typer.Argument(metavar="SWEEP", help="a YAML file, or such as sweeps/digits-fractions")],
+    overrides: Overrides = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="print trials, resources and estimated cost")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished sweep")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a sweep of this name first")] = False,
+) -> int:
+    """Run a sweep: its own keys go to the sweep, all others to its base config."""
+    from tune.sweep import run_sweep
+
+    return run_sweep(sweep, overrides or [], dry_run=dry_run, resume=resume, overwrite=overwrite)
+
+
 @app.command("eval")
 def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as_json: Json = False) -> None:
     """Evaluate a run's newest checkpoint: exact counts, whatever the batch and the number of workers."""
@@ -162,6 +176,48 @@ def data_fraction(
         return
     for key, value in facts.items():
         typer.echo(f"{key}: {value}")
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """Every row of the paper's tables with its parameters and GFLOPs."""
+    from bootvit.models import sizes
+
+    if as_json:
+        _print_json(sizes.document())
+    else:
+        typer.echo(sizes.table())
+
+
+@app.command("import")
+def import_reference(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CHECKPOINT", help="a .pth file of the reference")],
+    config: Annotated[Path, typer.Option("--config", metavar="YAML", help="the reference's file of that run")],
+    overrides: Overrides = None,
+    name: Annotated[Optional[str], typer.Option(help="the run's name; default: as the YAML file")] = None,  # noqa: UP045
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a run of this name first")] = False,
+) -> None:
+    """Turn a checkpoint of the reference implementation into a run."""
+    from bootvit.reference.importing import import_checkpoint
+
+    done = import_checkpoint(checkpoint, config, overrides or [], name=name, overwrite=overwrite)
+    moments = "with" if done.moments else "without"
+    typer.echo(f"{done.run}: {done.epoch} epochs done, {moments} optimiser moments")
+
+
+@app.command()
+def export(
+    run: RunName,
+    form: Annotated[str, typer.Option("--format", metavar="timm|onnx|torchscript", help="timm writes a folder")],
+    network: Annotated[Optional[str], typer.Option(metavar="vit|agent", help="default: the run's first")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="file, or folder for timm; default: RUN/export/")] = None,  # noqa: UP045
+) -> None:
+    """Write a run's weights in a format that others load."""
+    from bootvit.export import export as write
+    from bootvit.runs import open_run
+
+    config, folder = open_run(run)
+    typer.echo(write(config, folder.path, form, network=network, out=out))
 
 
 @app.command()
