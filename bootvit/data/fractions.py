@@ -52,7 +52,7 @@ class Splits(NamedTuple):
 def select(table: ImageTable, data: DataConfig) -> Splits:
     """Apply `data.fraction`, `data.fraction_rule` and `data.held_out` to a training table."""
     order = by_hash(table.keys)
-    classes = [order[table.labels[order] == label] for label in range(len(table.classes))]
+    classes = by_class(table, order)
     held_sizes = largest_remainder([len(rows) for rows in classes], data.held_out)
     held = [rows[len(rows) - size :] for rows, size in zip(classes, held_sizes, strict=True)]
     taken = np.zeros(len(table), bool)
@@ -111,6 +111,13 @@ def by_hash(keys: Sequence[str]) -> Rows:
     return order
 
 
+def by_class(table: ImageTable, order: Rows) -> list[Rows]:
+    """`order` (row numbers) class by class; within a class it stays as it is."""
+    labels = table.labels[order]
+    sizes = np.bincount(labels, minlength=len(table.classes))
+    return np.split(order[np.argsort(labels, kind="stable")], np.cumsum(sizes)[:-1])
+
+
 def largest_remainder(sizes: Sequence[int], share: float) -> list[int]:
     """Split round(share x total) over classes in proportion to their sizes, each within one of its exact part.
 
@@ -127,9 +134,7 @@ def largest_remainder(sizes: Sequence[int], share: float) -> list[int]:
 def hash_ranks(table: ImageTable) -> tuple[Rows, Rows]:
     """(N,) each row's place in its class's hash order, and (N,) the size of that class."""
     ranks, sizes = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
-    order = by_hash(table.keys)
-    for label in range(len(table.classes)):
-        rows = order[table.labels[order] == label]
+    for rows in by_class(table, by_hash(table.keys)):
         ranks[rows], sizes[rows] = np.arange(len(rows)), len(rows)
     return ranks, sizes
 

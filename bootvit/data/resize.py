@@ -60,17 +60,29 @@ def _rows_first(source: tuple[int, int], target: tuple[int, int]) -> bool:
 def _resize_axis(images: Tensor, axis: int, target: int) -> Tensor:
     if images.shape[axis] == target:
         return images
-    positions, coefficients = bilinear_taps(images.shape[axis], target)
     shape = [1, 1, 1, 1]
     shape[axis] = target
     total: Tensor | None = None
-    for where, what in zip(positions, coefficients, strict=True):
-        picked = images.index_select(axis, torch.tensor(where, device=images.device)).int()
-        picked *= torch.tensor(what, dtype=torch.int32, device=images.device).view(shape)
+    for where, what in _taps_on(images.device, images.shape[axis], target):
+        picked = images.index_select(axis, where).int()
+        picked *= what.view(shape)
         total = picked if total is None else total.add_(picked)
     assert total is not None  # a pixel has at least one tap
     total += 1 << (PRECISION - 1)
     return (total >> PRECISION).clamp_(0, 255).to(torch.uint8)
+
+
+@lru_cache(maxsize=64)
+def _taps_on(device: torch.device, source: int, target: int) -> list[tuple[Tensor, Tensor]]:
+    """`bilinear_taps` on the device: kept there, because copying them would make every step wait for it."""
+    positions, coefficients = (torch.tensor(values) for values in bilinear_taps(source, target))
+    return list(zip(positions.to(device), coefficients.to(device, torch.int32), strict=True))
+
+
+@lru_cache(maxsize=64)
+def _channels_on(device: torch.device, values: tuple[float, ...]) -> Tensor:
+    """(1, 3, 1, 1) float32."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
 
 
 def enlarge(image: Image.Image, size: tuple[int, int]) -> Image.Image:
@@ -150,6 +162,5 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(batch, 3, rows, cols) uint8 to float32: scaled to [0, 1], less the mean, over the deviation."""
     out = images.to(torch.float32).div_(255)
-    shape = (1, 3, 1, 1)
-    out -= torch.tensor(mean, dtype=torch.float32, device=out.device).view(shape)
-    return out.div_(torch.tensor(std, dtype=torch.float32, device=out.device).view(shape))
+    out -= _channels_on(out.device, tuple(mean))
+    return out.div_(_channels_on(out.device, tuple(std)))
