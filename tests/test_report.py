@@ -17,7 +17,6 @@ from bootvit.report import (
     collect_folders,
     collect_mlflow,
     command,
-    print_result,
     print_table,
     report_json,
     sweep_json,
@@ -29,6 +28,7 @@ from bootvit.report.importance import encode, importances
 from bootvit.report.page import Block, Grid, Text, to_html, to_markdown
 from bootvit.report.paper import paper_points, paper_row
 from bootvit.report.rows import RunRow, read_run
+from bootvit.report.sweep import curve_blocks
 from bootvit.report.sweep_data import costs, read_sweep, winners_table
 from bootvit.report.sweep_plots import UNSET, make_axis
 from bootvit.report.tables import Column, Line
@@ -386,14 +386,6 @@ def test_names_cannot_break_the_page() -> None:
     assert r"x\_y \*z\*" in to_markdown("t", blocks)
 
 
-def test_print_result_shows_test_and_held_out(capsys: pytest.CaptureFixture[str]) -> None:
-    print_result({"final": scores({"vit": 51.5}), "held_out": scores({"vit": 48.25})})
-    out = capsys.readouterr().out
-    assert "51.50%" in out
-    assert "48.25%" in out
-    print_result({"final": None, "held_out": None})
-
-
 def test_print_table_names_what_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_run(tmp_path, "a", None, status="interrupted", final=None)
     print_table(collect_folders([tmp_path]))
@@ -592,6 +584,34 @@ def test_a_small_sweep_is_reported_without_the_plots_it_cannot_have(tmp_path: Pa
     files = write_sweep_report(make_sweep(tmp_path, per_group=1), tmp_path / "out")
     assert "importance.png" not in {file.name for file in files}
     assert "Not computed: no searched key varies within a group" in files[0].read_text()
+
+
+def test_extrapolations_over_fractions_are_shown_with_their_error(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path, per_group=1)
+    document = json.loads((folder / "sweep.json").read_text())
+    guess = {"fraction": 0.5, "top1": 71.0, "low": 68.5, "high": 73.0, "truth": 70.5, "error": 0.5}
+    blind = {"fraction": 1.0, "top1": 80.0, "low": None, "high": None}
+    points = [{"fraction": 0.05, "top1": 40.0, "seeds": 1}]
+    document["curves"] = [{"line": "method=vit", "points": points, "check": guess, "all_images": blind}]
+    (folder / "sweep.json").write_text(json.dumps(document))
+    (grid, *_) = [block for block in curve_blocks(read_sweep(folder)) if isinstance(block, Grid)]
+    assert grid.rows == [
+        [
+            "method=vit",
+            "5%: 40.0",
+            "50%: 71.0 [68.5, 73.0], truth 70.5, off by +0.5",
+            "100%: 80.0 (two points: no interval)",
+        ]
+    ]
+
+
+def test_winners_named_by_the_sweep_are_taken_at_their_word(tmp_path: Path) -> None:
+    folder = make_sweep(tmp_path)
+    document = json.loads((folder / "sweep.json").read_text())
+    for found in document["best"].values():
+        found["trials"] = [found["trial"]]
+    (folder / "sweep.json").write_text(json.dumps(document))
+    assert {len(winner.trials) for winner in read_sweep(folder).winners} == {1}
 
 
 def test_sweep_json_is_strict(tmp_path: Path) -> None:

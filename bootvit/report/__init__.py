@@ -9,14 +9,13 @@ from bootvit.report.from_mlflow import collect_mlflow
 from bootvit.report.rows import RunRow, collect_folders
 from bootvit.report.sweep import print_sweep, sweep_json, write_sweep_report
 from bootvit.report.tables import table
-from bootvit.report.write import print_result, print_table, report_json, write_report
+from bootvit.report.write import print_table, report_json, write_report
 
 __all__ = [
     "RunRow",
     "collect_folders",
     "collect_mlflow",
     "command",
-    "print_result",
     "print_sweep",
     "print_table",
     "report_json",

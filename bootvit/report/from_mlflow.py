@@ -15,7 +15,7 @@ STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted"}
 
 
 def collect_mlflow(uri: str, experiment: str) -> list[RunRow]:
-    """Every training run of an experiment; `UserError` if the store, the experiment or its runs are not there."""
+    """Every training run of an experiment, trials too; `UserError` where there is no store or no such run."""
     if not mlflow_available():
         raise UserError("MLflow is not installed: pip install 'bootvit[mlflow]', or report from run folders")
     path = sqlite_path(uri)
@@ -41,7 +41,7 @@ def _runs(client: Any, uri: str, experiment: str) -> Iterator[Any]:
         raise UserError(f"{public(uri)}: no experiment {experiment!r}; there is {near[0]!r}")
     token = None
     while True:
-        page = client.search_runs([found.experiment_id], "tags.`bootvit.kind` = 'run'", page_token=token)
+        page = client.search_runs([found.experiment_id], "tags.`bootvit.kind` != 'sweep'", page_token=token)
         yield from page
         token = page.token
         if not token:

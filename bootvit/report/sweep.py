@@ -53,7 +53,7 @@ def summary_blocks(sweep: Sweep) -> list[Block]:
     blocks: list[Block] = [Text(f"{state}. Selected by {sweep.metric}, on images held out of the training set.")]
     if not sweep.winners:
         return [*blocks, Text("No group has a winner yet."), *cost_blocks(sweep)]
-    return [*blocks, *winner_blocks(sweep), *fraction_blocks(sweep), *cost_blocks(sweep)]
+    return [*blocks, *winner_blocks(sweep), *fraction_blocks(sweep), *curve_blocks(sweep), *cost_blocks(sweep)]
 
 
 def winner_blocks(sweep: Sweep) -> list[Block]:
@@ -97,6 +97,34 @@ def fraction_blocks(sweep: Sweep) -> list[Block]:
     if any(cell.split == "held_out" for cell in found.cells.values()):
         notes.append(f"{HELD_OUT}; it is the number that the winner was selected by, so it is too good.")
     return [Heading("Method x fraction"), Grid(*grid(found)), Text(" ".join(notes))]
+
+
+def curve_blocks(sweep: Sweep) -> list[Block]:
+    """Accuracy over fractions as the sweep extrapolates it, and how far off that is where the truth is known."""
+    rows = [
+        [
+            str(curve["line"]),
+            ", ".join(f"{percent(point['fraction'])}: {point['top1']:.1f}" for point in curve["points"]),
+            predicted_text(curve.get("check")),
+            predicted_text(curve.get("all_images")),
+        ]
+        for curve in sweep.curves
+    ]
+    if not rows:
+        return []
+    header = ["line", "held out", "largest fraction, predicted from the smaller ones", "all images, predicted"]
+    note = "Power laws of the error over the fraction; in brackets their interval."
+    return [Heading("Extrapolation over fractions"), Grid(header, rows), Text(note)]
+
+
+def predicted_text(guess: Mapping[str, Any] | None) -> str:
+    """`50%: 71.2 [68.0, 74.1], truth 70.5, off by +0.7`."""
+    if not guess:
+        return "–"
+    known = guess.get("low") is not None
+    interval = f" [{guess['low']:.1f}, {guess['high']:.1f}]" if known else " (two points: no interval)"
+    truth = f", truth {guess['truth']:.1f}, off by {guess['error']:+.1f}" if "truth" in guess else ""
+    return f"{percent(guess['fraction'])}: {guess['top1']:.1f}{interval}{truth}"
 
 
 def cost_blocks(sweep: Sweep) -> list[Block]:
@@ -181,6 +209,7 @@ def sweep_json(sweep_dir: Path) -> dict[str, Any]:
             }
             for (line, column), cell in table.cells.items()
         ],
+        "curves": [dict(curve) for curve in sweep.curves],
         "cost": [
             {"method": c.method, **c.column._asdict(), "trials": dict(c.statuses), **_seconds(vars(c))}
             for c in costs(sweep)

@@ -69,6 +69,7 @@ class Sweep:
     maximise: bool
     trials: tuple[Trial, ...]
     winners: tuple[Winner, ...]
+    curves: tuple[Mapping[str, Any], ...] = ()  # accuracy over fractions, extrapolated by the sweep
 
     def score(self, trial: Trial) -> float | None:
         """What the trial was selected by, in percent; an agent alone is judged by its own accuracy."""
@@ -99,6 +100,7 @@ def read_sweep(folder: Path) -> Sweep:
             maximise=select.get("mode", "max") == "max",
             trials=trials,
             winners=winners,
+            curves=tuple(document.get("curves") or ()),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise UserError(f"{path}: not a sweep's state: {type(err).__name__}: {err}") from err
@@ -134,7 +136,9 @@ def _trial(folder: Path, data: Mapping[str, Any], cpus: float) -> Trial:
 
 def _winner(group: str, data: Mapping[str, Any], trials: Sequence[Trial]) -> Winner:
     overrides = {key: value for key, value in (data.get("overrides") or {}).items() if key != "seed"}
-    own = [t for t in trials if t.group == group and t.status == "finished" and t.overrides == overrides]
+    named = data.get("trials")  # the repeats of the winner over seeds; found by their overrides if not named
+    own = [t for t in trials if t.group == group and t.status == "finished"]
+    own = [t for t in own if (t.id in named if named else t.overrides == overrides)]
     by_seed = {trial.seed: trial for trial in own}
     final = top1(data.get("final"))
     return Winner(group, str(data["trial"]), overrides, tuple(by_seed[s] for s in sorted(by_seed)), final)

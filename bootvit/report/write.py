@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -152,24 +152,6 @@ def print_block(block: Block) -> None:
             widest = Measurement.get(console, console.options.update(max_width=10_000), shown).maximum
             console.width = max(console.width, widest)  # numbers are never cut short; a terminal may wrap the line
             console.print(shown)
-
-
-def print_result(result: Mapping[str, Any]) -> None:
-    """The final table of one run, from its `result.json`."""
-    splits = {"final": result.get("final") or {}, "held out": result.get("held_out") or {}}
-    if splits["final"] == splits["held out"]:
-        splits.pop("final")
-    header = ["network", *(f"{name} {top}" for name in splits for top in ("top-1", "top-5"))]
-    networks = [net for net in ("vit", "agent") if any(net in scores for scores in splits.values())]
-    rows = [
-        [net, *(_score(scores.get(net, {}).get(top)) for scores in splits.values() for top in ("top1", "top5"))]
-        for net in networks
-    ]
-    print_block(Grid(header, rows))
-
-
-def _score(value: float | str | None) -> str:
-    return "–" if value is None else f"{float(value):.2f}%"
 
 
 # ----------------------------------------------------------------------------------------------------- JSON
