@@ -69,7 +69,12 @@ def described(folder: Path) -> list[Saved]:
     """Every checkpoint that has a description, oldest first, not verified."""
     found = []
     for text in folder.glob("epoch-*.json"):
-        facts = read_json(text)
+        try:
+            facts = read_json(text)
+        except UserError:
+            if text.exists():
+                raise
+            continue  # its writer has just replaced it by a newer one
         found.append(Saved(text.with_suffix(".pt"), facts["epoch"], facts["step"], facts["final"]))
     return sorted(found, key=lambda saved: saved.step)
 

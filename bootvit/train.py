@@ -258,7 +258,8 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     def sign_of_life(report: EpochReport) -> None:
         ray.train.report({"epoch": report.epoch, "step": report.step})
 
-    return fit(config, world, RunFolder(Path(job["folder"]), job["lease"]), on_epoch=sign_of_life)
+    folder = RunFolder(Path(job["folder"]), job["lease"])
+    return fit(config, world, folder, test=job.get("test", "auto"), on_epoch=sign_of_life)
 
 
 def ray_world(config: Config) -> World:

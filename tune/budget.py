@@ -1,0 +1,36 @@
+"""What a sweep may cost."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tune.log import Trials
+from tune.schema import BudgetConfig
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Says when no new trial may start, and when those that run must stop."""
+
+    config: BudgetConfig
+    gpus: float  # of one trial
+
+    def spent(self, trials: Trials, hours: float) -> str | None:
+        """Why no new trial may start after so many hours of the driver's time; None if one may."""
+        limit = self.config.trials
+        if limit is not None and sum(trial.started for trial in trials.values()) >= limit:
+            return f"budget.trials={limit} are started"
+        return self.time_spent(trials, hours)
+
+    def time_spent(self, trials: Trials, hours: float) -> str | None:
+        """Which limit of time is reached; None if none is."""
+        if self.config.hours is not None and hours >= self.config.hours:
+            return f"budget.hours={self.config.hours:g} are spent"
+        gpu_hours = sum(trial.seconds for trial in trials.values()) * self.gpus / 3600
+        if self.config.gpu_hours is not None and gpu_hours >= self.config.gpu_hours:
+            return f"budget.gpu_hours={self.config.gpu_hours:g} are spent"
+        return None
+
+    def must_stop(self, trials: Trials, hours: float) -> str | None:
+        """Why a running trial must stop now; None if it may go on."""
+        return self.time_spent(trials, hours) if self.config.at_end == "stop" else None

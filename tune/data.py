@@ -1,0 +1,48 @@
+"""What the driver of a sweep has to know of the data, looked up once for each fraction."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+from bootvit.config import Config, DataConfig
+from bootvit.data import open_splits
+from bootvit.errors import UserError
+from bootvit.loop import check_evaluable
+from tune.schema import Sweep
+
+
+class Facts(NamedTuple):
+    """One data set with one fraction."""
+
+    data: str  # fingerprint of the whole data set
+    subset: str  # digest of the training images
+    images: int  # number of training images
+    has_test: bool
+    classes: int
+
+
+@lru_cache(maxsize=256)
+def _facts(text: str) -> Facts:
+    config = Config.model_validate_json(text)
+    splits = open_splits(config.data)
+    check_evaluable(config, splits)
+    train = splits.train
+    return Facts(splits.fingerprint, train.digest, len(train), splits.test is not None, len(splits.classes))
+
+
+def fingerprints(data: DataConfig) -> Facts:
+    """The facts of a data section."""
+    return _facts(Config(data=data).model_dump_json())
+
+
+def check_data(sweep: Sweep, configs: Iterable[Config]) -> None:
+    """Open every data set and fraction that the sweep uses; `UserError` for one that cannot be used."""
+    for config in configs:
+        facts = fingerprints(config.data)
+        if sweep.file.test == "retrain" and not facts.has_test:
+            source = config.data.source
+            raise UserError(f"{sweep.path}: test=retrain: data.source={source} has no test split; use test: trial")
+        if sweep.file.test == "retrain" and sweep.file.algorithm == "pbt":
+            raise UserError(f"{sweep.path}: test=retrain: pbt's winner is a schedule, not a setting; use test: trial")

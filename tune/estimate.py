@@ -1,0 +1,101 @@
+"""`--dry-run`: what would run, on what, and about how long; timed with a few steps on this machine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+
+import torch
+
+from bootvit.config import Config
+from bootvit.data import Batch
+from bootvit.learner import Learner, World
+from tune.cluster import room, trial_cpus
+from tune.data import fingerprints
+from tune.schema import Sweep
+from tune.space import canonical, make_specs, planned_settings, settings
+
+SAMPLE_PIXELS = 64 * 1024  # of the batch that is timed, per channel
+TIMED_STEPS = 2
+
+
+def describe_plan(sweep: Sweep, configs: Sequence[Config]) -> str:
+    """Trials (or the space, where it is searched), resources and cost, as text."""
+    return "\n".join([*_what(sweep), *_where(sweep), *_cost(sweep, configs)])
+
+
+def _what(sweep: Sweep) -> list[str]:
+    file = sweep.file
+    lines = [f"sweep {file.name}: {file.algorithm}, scheduler {file.scheduler.name}, groups by {list(sweep.group_by)}"]
+    if file.algorithm == "optuna":
+        lines += [f"  {key}: {domain.model_dump(exclude_defaults=True)}" for key, domain in file.space.items()]
+        cells = len(list(settings(sweep, None)))
+        return [
+            *lines,
+            f"{count_trials(sweep)} trials: {cells} cells x {file.search.samples} samples, seeds {sweep.seeds}",
+        ]
+    specs = make_specs(sweep, planned_settings(sweep), 0)
+    width = max(len(spec.id) for spec in specs)
+    note = f", at smaller {file.fidelity} first, the best of them at the next" if file.fidelity else ""
+    return [*lines, *(f"  {spec.id:{width}}  {spec.overrides}" for spec in specs), f"{len(specs)} trials{note}"]
+
+
+def count_trials(sweep: Sweep) -> int:
+    """How many trials there are at most."""
+    if sweep.file.algorithm == "optuna":
+        return sweep.file.search.samples * len(list(settings(sweep, None))) * len(sweep.seeds)
+    return len(planned_settings(sweep)) * len(sweep.seeds)
+
+
+def _where(sweep: Sweep) -> list[str]:
+    workers = sweep.base.ray.num_workers
+    each = (
+        f"{trial_cpus(sweep):g} CPUs, {sweep.file.resources.gpu:g} GPUs, {workers} worker{'s' if workers > 1 else ''}"
+    )
+    return [f"each trial: {each}; at once: {sweep.file.concurrency}; budget: {sweep.file.budget.model_dump()}"]
+
+
+def _cost(sweep: Sweep, configs: Sequence[Config]) -> list[str]:
+    """The estimate: images x epochs x the time that a training image takes here, whatever a scheduler saves."""
+    torch.set_num_threads(max(1, int(trial_cpus(sweep))))
+    rates: dict[str, float] = {}
+    seconds = 0.0
+    for config in configs:
+        key = canonical([config.method, config.model.model_dump(), config.data.image_size, config.precision])
+        if key not in rates:
+            rates[key] = seconds_per_image(config, use_gpu=sweep.file.resources.gpu > 0)
+        seconds += fingerprints(config.data).images * config.schedule.epochs * rates[key]
+    total = seconds / len(configs) * count_trials(sweep)
+    here = {"CPU": float(os.cpu_count() or 1), "GPU": float(torch.cuda.device_count())}
+    at_once = sweep.file.concurrency if isinstance(sweep.file.concurrency, int) else max(1, room(sweep, [here]))
+    device = "GPU" if sweep.file.resources.gpu and torch.cuda.is_available() else "CPU"
+    most = "at most " if sweep.file.scheduler.name != "none" or sweep.file.fidelity else ""
+    cpus, gpus = duration(total * trial_cpus(sweep)), duration(total * sweep.file.resources.gpu)
+    return [
+        f"estimated cost: {most}{duration(total / at_once)} with {at_once} at a time; {cpus} of CPUs, {gpus} of GPUs "
+        f"(from a few training steps on this machine's {device}; start-up and evaluation come on top)"
+    ]
+
+
+def seconds_per_image(config: Config, *, use_gpu: bool) -> float:
+    """The time of a training image in a batch of at most 64 Ki pixels, after a first step."""
+    device = torch.device("cuda" if use_gpu and torch.cuda.is_available() else "cpu")
+    classes = fingerprints(config.data).classes
+    learner = Learner(config, classes, World(0, 1, device))
+    rows, cols = config.image_size
+    size = min(config.data.batch_size, max(2, SAMPLE_PIXELS // (rows * cols)))
+    batch = Batch(torch.randn(size, 3, rows, cols, device=device), torch.arange(size, device=device) % classes, size)
+    learner.step(batch, 0, 0, 0.0)
+    begin = time.perf_counter()
+    for step in range(1, 1 + TIMED_STEPS):
+        terms = learner.step(batch, step, 0, 0.0)
+    terms.sum().item()  # waits for the device
+    return (time.perf_counter() - begin) / (TIMED_STEPS * size)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `12 min`, `3.5 h`."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,0 +1,94 @@
+"""The sweep's folder: what is there under a sweep's name, and who may go on with it."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any, Literal
+
+import yaml
+
+from bootvit import checkpoint
+from bootvit.config import flatten, parse_yaml
+from bootvit.errors import UserError
+from bootvit.runs import FREE_ON_RESUME
+from tune.schema import Sweep
+
+State = Literal["absent", "unfinished", "finished"]
+FREE = ("sweep.base", "sweep.concurrency", "sweep.resources.", "sweep.budget.", "sweep.retries")
+
+
+def check_folder(sweep: Sweep, *, resume: bool, overwrite: bool) -> State:
+    """What is there under the sweep's name; `UserError` where going on would destroy or mix something."""
+    path = sweep.folder
+    state = folder_state(sweep)
+    if state != "absent" and not (resume or overwrite):
+        raise UserError(f"{path}: a sweep of this name exists ({state}): --resume, --overwrite, or name=… for another")
+    if state == "absent" and path.exists() and any(not child.name.startswith(".") for child in path.iterdir()):
+        raise UserError(f"{path}: exists and is not a sweep; choose another name= or ray.storage_path=")
+    if state != "absent" and not resume:
+        return "absent"
+    if state != "absent":
+        check_same_sweep(sweep)
+    return state
+
+
+def claim_folder(sweep: Sweep, state: State) -> None:
+    """Take the sweep's folder; nothing of an older sweep is left in it where `state` is absent."""
+    path = sweep.folder
+    if state == "absent" and path.exists():
+        shutil.rmtree(path)
+    path.mkdir(parents=True, exist_ok=True)
+    text = yaml.safe_dump(resolved(sweep), sort_keys=False, default_flow_style=None, width=110)
+    checkpoint.write_atomic(path / "sweep.yaml", text.encode())
+
+
+def folder_state(sweep: Sweep) -> State:
+    """A finished sweep whose budget left trials out may go on with a larger one, so it counts as unfinished then."""
+    path = sweep.folder
+    if not (path / "sweep.yaml").exists():
+        return "absent"
+    if not (path / "sweep.json").exists():
+        return "unfinished"
+    document = checkpoint.read_json(path / "sweep.json")
+    left_out = any(trial["status"] == "not_run" for trial in document["trials"])
+    more = left_out and read_resolved(sweep)["sweep"]["budget"] != resolved(sweep)["sweep"]["budget"]
+    return "finished" if document["status"] == "finished" and not more else "unfinished"
+
+
+def resolved(sweep: Sweep) -> dict[str, Any]:
+    """Everything that decides what the sweep computes."""
+    return {"sweep": sweep.file.model_dump(mode="json"), "base": sweep.base.model_dump(mode="json")}
+
+
+def read_resolved(sweep: Sweep) -> dict[str, Any]:
+    """The same, as it was when the sweep was started."""
+    path = sweep.folder / "sweep.yaml"
+    return dict(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+
+
+def check_same_sweep(sweep: Sweep) -> None:
+    """Refuse to go on with a sweep that would compute something else."""
+    before = read_resolved(sweep)
+    was = {**flat(before["sweep"], "sweep."), **flat(before["base"], "base.")}
+    now = {
+        **flat(sweep.file.model_dump(mode="json"), "sweep."),
+        **{f"base.{k}": v for k, v in flatten(sweep.base).items()},
+    }
+    for key in sorted({*was, *now}):
+        free = key.startswith(FREE) or key.removeprefix("base.").startswith(FREE_ON_RESUME)
+        if was.get(key) != now.get(key) and not free:
+            name, then = key.removeprefix("sweep."), was.get(key)
+            raise UserError(
+                f"{sweep.folder}: cannot resume with {name}={now.get(key)}: it was started with {name}={then}"
+            )
+
+
+def flat(node: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """{dotted key: value}, leaves only."""
+    out: dict[str, Any] = {}
+    for key, value in node.items():
+        if isinstance(value, dict) and value:
+            out |= flat(value, f"{prefix}{key}.")
+        else:
+            out[f"{prefix}{key}"] = value
+    return out

@@ -1,0 +1,76 @@
+"""Population based training, in rounds: the worst members copy the best ones and change what they copied.
+
+Every member of a population trains `search.interval` epochs; when all have, the exchange is decided, from the values
+and the seed alone. So a sweep that was killed makes the same exchanges again.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from bootvit import checkpoint
+from bootvit.config import Config, dump_config
+from tune.domain import Domain
+from tune.log import Event, Trial
+from tune.schema import Sweep
+from tune.space import canonical, uniform
+
+RESAMPLE = 0.25  # chance that a value is drawn anew instead of moved
+FACTORS = (0.8, 1.25)
+
+
+def population(sweep: Sweep, trial: Trial) -> str:
+    """Members may copy one another if they are of one cell of the grid, and of one seed."""
+    cell = {key: value for key, value in trial.spec.overrides.items() if sweep.file.space[key].kind == "grid"}
+    return canonical([trial.spec.group, cell, trial.spec.seed])
+
+
+def exchange(sweep: Sweep, members: Sequence[Trial], epoch: int) -> list[Event]:
+    """What the worst members copy from the best after `epoch` epochs: {"id", "donor", "overrides"}."""
+    search = sweep.file.search
+    sign = 1 if sweep.file.select.mode == "max" else -1
+    ranked = sorted(members, key=lambda t: (sign * (t.value if t.value is not None else -sign * 1e9), t.spec.id))
+    count = min(int(len(ranked) * search.quantile) or 1, len(ranked) // 2)
+    changes = []
+    for loser in ranked[:count]:
+        donor = ranked[len(ranked) - count + int(uniform(search.seed, loser.spec.id, epoch, "donor") * count)]
+        mutated = {
+            key: mutate(value, sweep.file.space[key], uniform(search.seed, loser.spec.id, epoch, key, "move"))
+            if uniform(search.seed, loser.spec.id, epoch, key, "how") >= RESAMPLE
+            else sweep.file.space[key].draw(uniform(search.seed, loser.spec.id, epoch, key, "draw"))
+            for key, value in donor.overrides.items()
+            if sweep.file.space[key].kind != "grid"
+        }
+        changes.append({"id": loser.spec.id, "donor": donor.spec.id, "overrides": {**donor.overrides, **mutated}})
+    return changes
+
+
+def mutate(value: Any, domain: Domain, u: float) -> Any:
+    """A neighbour of a value, inside its domain."""
+    if domain.listed:
+        place = domain.values.index(value) + (1 if u < 0.5 else -1)
+        return domain.values[min(max(place, 0), len(domain.values) - 1)]
+    low, high = domain.values
+    moved = min(max(value * FACTORS[u < 0.5], low), high)
+    return round(moved) if domain.kind == "randint" else moved
+
+
+def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> None:
+    """Put the donor's checkpoint and the new config in a member's place; done twice, it does nothing.
+
+    `fork.json` is written last: only with it the copy has happened.
+    """
+    mark = run_dir / "fork.json"
+    if mark.exists() and checkpoint.read_json(mark)["epoch"] >= epoch:
+        return
+    saved = next(s for s in checkpoint.described(donor_dir / "checkpoints") if s.epoch == epoch)
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "checkpoints").mkdir()
+    shutil.copyfile(saved.path, run_dir / "checkpoints" / saved.path.name)
+    description = saved.path.with_suffix(".json")
+    checkpoint.write_json(run_dir / "checkpoints" / description.name, checkpoint.read_json(description))
+    checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+    checkpoint.write_json(mark, {"epoch": epoch, "donor": donor_dir.name})

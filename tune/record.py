@@ -1,0 +1,132 @@
+"""sweep.json: what the log and the run directories say, for people, reports and MLflow."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from bootvit import checkpoint
+from bootvit.tracking import read_journal
+from tune.fidelity import curves
+from tune.log import ENDED, Trial, Trials
+from tune.schema import Sweep
+from tune.select import Score, scores
+from tune.space import get_value
+
+Document = dict[str, Any]
+NETWORKS = ("vit", "agent")
+
+
+class Recorder:
+    """Builds the document; what a trial that has ended left on disk is read once."""
+
+    def __init__(self, sweep: Sweep, cpus: float, gpus: float) -> None:
+        self._sweep, self._cpus, self._gpus = sweep, cpus, gpus
+        self._held_out: dict[str, Any] = {}
+        self.final: dict[str, Any] = {}  # trial -> its test accuracy
+        self.test_runs: dict[str, str] = {}  # trial -> the run that met the test set
+
+    def document(self, trials: Trials, status: str, seconds: float, reason: str | None = None) -> Document:
+        """The content of sweep.json."""
+        return {
+            "name": self._sweep.file.name,
+            "status": status,
+            "reason": reason,
+            "select": self._sweep.file.select.model_dump(mode="json"),
+            "resources": {"cpu": self._cpus, "gpu": self._gpus},
+            "group_by": list(self._sweep.group_by),
+            "seconds": round(seconds, 3),
+            "cost": self._cost(trials),
+            "trials": [self._row(trial, status != "running") for trial in trials.values()],
+            "best": {group: self._best(found) for group, found in winners(self._sweep, trials).items()},
+            "curves": curves(self._sweep, trials),
+        }
+
+    def _cost(self, trials: Trials) -> dict[str, float]:
+        seconds = sum(trial.seconds for trial in trials.values())
+        return {"seconds": round(seconds, 3), **self._shares(seconds)}
+
+    def _shares(self, seconds: float) -> dict[str, float]:
+        return {"cpu_seconds": round(seconds * self._cpus, 3), "gpu_seconds": round(seconds * self._gpus, 3)}
+
+    def _row(self, trial: Trial, over: bool) -> Document:
+        name = trial.spec.id
+        status = "not_run" if over and not trial.started else trial.status
+        row = {
+            "id": name,
+            "group": trial.spec.group,
+            "seed": trial.spec.seed,
+            "overrides": trial.overrides,
+            "status": status,
+            "reason": trial.reason,
+            "epochs": trial.epochs,
+            "held_out": self.held_out(trial),
+            "final": self.final.get(name),
+            "seconds": round(trial.seconds, 3),
+            **self._shares(trial.seconds),
+            "crashes": trial.crashes,
+            "run": f"trials/{name}",
+            "test_run": self.test_runs.get(name),
+        }
+        return row | ({"changes": trial.changes} if trial.changes else {})
+
+    def held_out(self, trial: Trial) -> Any:
+        """{"vit": {"top1", "top5"}, ...} after the trial's last epoch; None where it was not evaluated."""
+        if trial.status not in ENDED:
+            return None
+        if trial.spec.id not in self._held_out:
+            self._held_out[trial.spec.id] = last_scores(self._sweep.folder / "trials" / trial.spec.id)
+        return self._held_out[trial.spec.id]
+
+    def _best(self, found: Score) -> Document:
+        names = [trial.spec.id for trial in found.trials]
+        finals = [self.final[name] for name in names if self.final.get(name)]
+        return {
+            "trial": names[0],
+            "trials": names,
+            "overrides": found.trials[0].overrides,
+            "mean": round(found.mean, 4),
+            "sd": None if found.sd is None else round(found.sd, 4),
+            "held_out": mean_scores([self.held_out(trial) for trial in found.trials]),
+            "final": mean_scores(finals) if len(finals) == len(names) else None,
+        }
+
+
+def winners(sweep: Sweep, trials: Trials) -> dict[str, Score]:
+    """The best setting of every group; with a fidelity only the largest fraction's trials can win."""
+    groups: dict[str, list[Trial]] = {}
+    key = sweep.file.fidelity
+    top = max(sweep.file.space[key].values) if key else None
+    for trial in trials.values():
+        if key is None or get_value(sweep, trial.spec.overrides, key) == top:
+            groups.setdefault(trial.spec.group, []).append(trial)
+    ranked = {group: scores(sweep, members) for group, members in groups.items()}
+    return {group: found[0] for group, found in ranked.items() if found}
+
+
+def last_scores(run_dir: Path) -> Any:
+    """The held-out accuracy of a run's last evaluation, from its journal."""
+    out: dict[str, dict[str, float]] = {}
+    for record in read_journal(run_dir / "metrics.jsonl")[0]:
+        split, net, *score = record.name.split("/")
+        if split == "held_out" and score[0] in ("top1", "top5"):
+            out.setdefault(net, {})[score[0]] = round(record.value, 4)
+    return out or None
+
+
+def mean_scores(every: Sequence[Mapping[str, Any] | None]) -> Any:
+    """The mean of each network's accuracies; None if there are none."""
+    there = [scores for scores in every if scores]
+    nets = [net for net in NETWORKS if all(net in scores for scores in there)]
+    return {
+        net: {key: round(fmean(scores[net][key] for scores in there), 4) for key in there[0][net]}
+        for net in nets
+        if there
+    } or None
+
+
+def write(folder: Path, document: Document) -> None:
+    """Replace sweep.json as a whole."""
+    checkpoint.write_json(folder / "sweep.json", document)

@@ -1,0 +1,42 @@
+"""Which settings are best: by the mean over their seeds of the selection metric, on held-out images."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import fmean, stdev
+
+from tune.log import Trial
+from tune.schema import Sweep
+
+
+@dataclass(frozen=True)
+class Score:
+    """How well a setting did."""
+
+    trials: tuple[Trial, ...]  # those of its seeds that finished, lowest seed first
+    mean: float
+    sd: float | None  # None for one seed
+
+
+def scores(sweep: Sweep, trials: Iterable[Trial]) -> list[Score]:
+    """The settings of these trials that have a finished trial, best first.
+
+    A setting of which more seeds finished goes before one with fewer: early stopping leaves the lucky seeds of a bad
+    setting, whose mean says nothing.
+    """
+    by_setting: dict[str, list[Trial]] = {}
+    for trial in trials:
+        if trial.status == "finished" and trial.value is not None:
+            key = trial.spec.id if sweep.file.algorithm == "pbt" else trial.spec.setting
+            by_setting.setdefault(key, []).append(trial)
+    sign = -1 if sweep.file.select.mode == "max" else 1
+    found = [score(own) for own in by_setting.values()]
+    return sorted(found, key=lambda s: (-len(s.trials), sign * s.mean, s.trials[0].spec.id))
+
+
+def score(trials: list[Trial]) -> Score:
+    """Mean and standard deviation over the trials of one setting."""
+    ordered = tuple(sorted(trials, key=lambda trial: trial.spec.seed))
+    values = [trial.value for trial in ordered if trial.value is not None]
+    return Score(ordered, fmean(values), stdev(values) if len(values) > 1 else None)

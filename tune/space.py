@@ -1,0 +1,219 @@
+"""From a search space to settings and trials: cells of the grid, draws, conditions, and the check of every value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from bootvit.config import Config, merge, nest, validate
+from bootvit.errors import UserError
+from bootvit.models.zoo import check_models
+from tune.domain import Domain
+from tune.schema import Sweep, get
+
+Setting = dict[str, Any]  # searched key -> value; only the keys that count there
+Draw = Callable[[str, Domain], Any]
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One trial: a setting with a seed."""
+
+    id: str
+    group: str
+    seed: int
+    overrides: Setting
+
+    @property
+    def setting(self) -> str:
+        """What the trials that differ only in their seed have in common."""
+        return canonical(self.overrides)
+
+
+def canonical(value: Any) -> str:
+    """Equal values have equal texts."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
+
+
+def uniform(*parts: Any) -> float:
+    """A number in [0, 1) that depends on `parts` alone."""
+    digest = hashlib.sha256(canonical(parts).encode()).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def in_order(space: Mapping[str, Domain], path: object = "space") -> list[str]:
+    """The keys, each after those that its `when` asks for, otherwise as the file has them."""
+    out: list[str] = []
+
+    def visit(key: str, above: tuple[str, ...]) -> None:
+        if key in above:
+            raise UserError(f"{path}: space.{key}.when depends on itself through {' -> '.join((*above, key))}")
+        for other in space[key].when:
+            if other in space and other not in out:
+                visit(other, (*above, key))
+        if key not in out:
+            out.append(key)
+
+    for key in space:
+        visit(key, ())
+    return out
+
+
+def counts(domain: Domain, setting: Setting, base: Config) -> bool:
+    """Whether a key's `when` holds in this setting."""
+    for key, wanted in domain.when.items():
+        value = setting[key] if key in setting else get(base, key)
+        if value not in (wanted if isinstance(wanted, list) else [wanted]):
+            return False
+    return True
+
+
+def settings(sweep: Sweep, draw: Draw | None) -> Iterator[Setting]:
+    """Every cell of the grid with one draw for each of its other keys; without `draw` these are left out."""
+    space = sweep.file.space
+    keys = in_order(space, sweep.path)
+
+    def walk(left: Sequence[str], setting: Setting) -> Iterator[Setting]:
+        if not left:
+            yield setting
+            return
+        key, rest = left[0], left[1:]
+        domain = space[key]
+        if not counts(domain, setting, sweep.base):
+            yield from walk(rest, setting)
+        elif domain.kind == "grid":
+            for value in domain.values:
+                yield from walk(rest, {**setting, key: value})
+        else:
+            yield from walk(rest, setting if draw is None else {**setting, key: draw(key, domain)})
+
+    yield from walk(keys, {})
+
+
+def sample(sweep: Sweep, number: int) -> Iterator[Setting]:
+    """Draw `number` for every cell: the same quantile of a key in every cell, so that cells can be compared."""
+    seed = sweep.file.search.seed
+    yield from settings(sweep, lambda key, domain: domain.draw(uniform(seed, number, key)))
+
+
+def planned_settings(sweep: Sweep) -> list[Setting]:
+    """The settings of a grid or random search, or of PBT's first round; equal ones once, draw by draw."""
+    samples = 1 if sweep.file.algorithm == "grid" else sweep.file.search.samples
+    every = (setting for number in range(samples) for setting in sample(sweep, number))
+    if sweep.file.algorithm == "pbt":  # members of a population may start equal
+        return list(every)
+    return distinct(sweep, every)
+
+
+def distinct(sweep: Sweep, every: Iterator[Setting]) -> list[Setting]:
+    """Settings that lead to the same run are one."""
+    seen: dict[str, Setting] = {}
+    for setting in every:
+        config = trial_config(sweep, setting, sweep.seeds[0])
+        seen.setdefault(canonical(config.model_dump(mode="json")), setting)
+    return list(seen.values())
+
+
+# -------------------------------------------------------------------------------------------------- trials
+
+
+def make_specs(sweep: Sweep, chosen: Sequence[Setting], first: int, seeds: Sequence[int] | None = None) -> list[Spec]:
+    """A trial for each setting and seed, numbered from `first`."""
+    specs: list[Spec] = []
+    for setting in chosen:
+        for seed in seeds or sweep.seeds:
+            group = group_name(sweep, trial_config(sweep, setting, seed))
+            parts = [*(f"{k.split('.')[-1]}={get_value(sweep, setting, k)}" for k in id_keys(sweep)), f"seed={seed}"]
+            label = re.sub(r"[^A-Za-z0-9._=+,-]", "_", ",".join(parts))[:100]
+            specs.append(Spec(f"{first + len(specs):04d}-{label}", group, seed, setting))
+    return specs
+
+
+def id_keys(sweep: Sweep) -> list[str]:
+    """The keys that a trial's name shows: what it is grouped by, as far as that varies."""
+    return [
+        key for key in in_order(sweep.file.space) if key in (*sweep.group_by, sweep.file.fidelity) and key != "seed"
+    ]
+
+
+def get_value(sweep: Sweep, setting: Setting, key: str) -> Any:
+    """A key's value in a setting, else in the base."""
+    return setting[key] if key in setting else get(sweep.base, key)
+
+
+def group_name(sweep: Sweep, config: Config) -> str:
+    """`data.fraction=0.1 method=joint`: trials with another one do not compete with this."""
+    return " ".join(f"{key}={get(config, key)}" for key in sweep.group_by) or "all"
+
+
+def trial_config(sweep: Sweep, setting: Setting, seed: int, name: str = "trial") -> Config:
+    """The whole config of a trial, checked; a value that does not fit is a `UserError` that names it."""
+    data = sweep.base.model_dump(mode="json")
+    origins = dict.fromkeys(setting, f"{sweep.path}: space")
+    for key, value in setting.items():
+        data = merge(data, nest(key, value))
+    data = merge(data, {"seed": seed, "name": name, "ray": {"storage_path": str(sweep.folder / "trials")}})
+    return validate(Config, data, str(sweep.path), origins)
+
+
+# ----------------------------------------------------------------------------------------------- the check
+
+
+def check_space(sweep: Sweep) -> list[Config]:
+    """Every trial that is planned, and both ends of every range in every cell, as configs.
+
+    Raises `UserError` at the first that the schema, the models or the selection refuse.
+    """
+    configs: dict[str, Config] = {}
+    for setting in trial_settings(sweep):
+        config = trial_config(sweep, setting, sweep.seeds[0])
+        configs.setdefault(canonical(config.model_dump(mode="json")), config)
+    checked: set[str] = set()
+    for config in configs.values():
+        shape = canonical(
+            [config.method, config.model.model_dump(), config.data.image_size, config.objective.model_dump()]
+        )
+        if shape not in checked:
+            _check_model(sweep, config)
+            checked.add(shape)
+        _check_selection(sweep, config)
+    return list(configs.values())
+
+
+def trial_settings(sweep: Sweep) -> Iterator[Setting]:
+    """The settings that `check_space` looks at."""
+    if sweep.file.algorithm != "optuna":
+        yield from planned_settings(sweep)
+    for key, domain in sweep.file.space.items():
+        if domain.kind == "grid":
+            continue
+        for end in domain.values:
+            yield from settings(sweep, lambda k, d, key=key, end=end: end if k == key else d.values[0])  # type: ignore[misc]
+
+
+def _check_model(sweep: Sweep, config: Config) -> None:
+    try:
+        check_models(config)
+    except UserError as err:
+        raise UserError(f"{sweep.path}: space: method={config.method}: {err}") from err
+
+
+def _check_selection(sweep: Sweep, config: Config) -> None:
+    grace = sweep.file.scheduler.grace_epochs
+    if sweep.file.scheduler.name == "asha" and grace > config.schedule.epochs:
+        raise UserError(
+            f"{sweep.path}: scheduler.grace_epochs={grace} is more than schedule.epochs={config.schedule.epochs}"
+        )
+
+
+def metric_of(config: Config, metric: str) -> str:
+    """The journal's name of the selection metric: that of the trial's only network, if it lacks the one asked for."""
+    split, net, score = metric.split(".")
+    return f"{split}/{net if net in config.networks else config.networks[0]}/{score}"
