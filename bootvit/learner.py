@@ -53,7 +53,7 @@ class Networks(nn.Module):
 
     def features(self, images: Tensor) -> dict[Network, Features]:
         """Every network's features of `images` (batch, 3, rows, cols)."""
-        images = images.to(next(self.parameters()).dtype)
+        images = images.to(next(self.parameters()).dtype, memory_format=torch.channels_last)  # convolutions prefer it
         out: dict[Network, Features] = {}
         if self.vit is not None:
             out["vit"] = vit_features(self.vit, images)
@@ -94,7 +94,8 @@ class Learner:
     def __init__(self, config: Config, num_classes: int, world: World) -> None:
         torch.manual_seed(config.seed)
         self.config, self.world = config, world
-        self.networks = Networks(config, num_classes).to(world.device, PRECISIONS[config.precision])
+        networks = Networks(config, num_classes)
+        self.networks = networks.to(world.device, PRECISIONS[config.precision], memory_format=torch.channels_last)
         if config.model.agent.sync_norm and world.size > 1:
             self.networks = synchronise_norms(self.networks, world.device)
         self.groups = self._groups()

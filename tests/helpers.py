@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from bootvit.config import Config, make_config, merge
+from bootvit.config import Config, make_config, merge, nest
 from bootvit.data.batches import Batch
 from bootvit.learner import World
 
@@ -26,9 +26,7 @@ def tiny(**changes: Any) -> Config:
     """A config trained in a second; keys with `__` are nested: `data__fraction=0.2`."""
     data = TINY
     for key, value in changes.items():
-        for part in reversed(key.split("__")):
-            value = {part: value}
-        data = merge(data, value)
+        data = merge(data, nest(key.replace("__", "."), value))
     return make_config(data, "test")
 
 

@@ -13,7 +13,7 @@ from bootvit.__main__ import main
 from bootvit.config import dump_config, make_config, merge
 
 
-@pytest.fixture()
+@pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     write(tmp_path / "tiny.yaml", dump_config(make_config(TINY, "tiny")))

@@ -13,7 +13,7 @@ from bootvit.config import Config
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Learner
 from bootvit.loop import EpochReport, fit
-from bootvit.runs import RunFolder, claim
+from bootvit.runs import claim
 from bootvit.tracking import read_journal
 
 
@@ -39,6 +39,11 @@ def final_weights(path: Path) -> dict[str, torch.Tensor]:
     return dict(state["networks"]) | moments
 
 
+def measured(journal: Path) -> list[tuple[int, int, str, float]]:
+    """Everything but the times and the speed."""
+    return [(r.step, r.epoch, r.name, r.value) for r in read_journal(journal)[0] if "per_second" not in r.name]
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -62,12 +67,8 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(changes: dict[str, Any],
     assert set(one) == set(other)
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert resumed["final"] == whole["final"]
-    values = [
-        [(r.step, r.epoch, r.name, r.value) for r in read_journal(tmp_path / n / "metrics.jsonl")[0]
-         if "per_second" not in r.name]  # fmt: skip
-        for n in ("whole", "cut")
-    ]
-    assert values[0] == values[1]
+    one_journal, other_journal = (measured(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    assert one_journal == other_journal
 
 
 def test_the_journal_tells_the_run(tmp_path: Path) -> None:

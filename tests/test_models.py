@@ -51,7 +51,9 @@ def pixel_by_pixel(x: Tensor, matrices: list[Tensor], taps: tuple[tuple[int, int
     return out
 
 
-@pytest.mark.parametrize(("heads", "rule"), [(1, "row_major"), (6, "row_major"), (9, "row_major"), (4, "centred"), (12, "centred")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("heads", "rule"), [(1, "row_major"), (6, "row_major"), (9, "row_major"), (4, "centred"), (12, "centred")]
+)
 def test_head_tap_convolution(heads: int, rule: str) -> None:
     taps = head_taps(heads, rule)  # type: ignore[arg-type]
     conv = HeadTapConv(5, taps)
@@ -130,7 +132,9 @@ def test_parameter_counts_are_the_papers(name: str, overrides: list[str], parame
 
 
 @pytest.mark.parametrize("method", ["joint", "shared"])
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_wee_patch16_reg1_gap_256"])
+@pytest.mark.parametrize(
+    "name", ["vit_tiny_patch16_224", "deit_tiny_distilled_patch16_224", "vit_wee_patch16_reg1_gap_256"]
+)
 def test_any_plain_vit_of_timm_is_bootstrapped(name: str, method: str) -> None:
     torch.set_default_dtype(torch.float32)
     own_sizes = dict.fromkeys(("width", "depth", "heads", "mlp_width", "patch"))
@@ -154,7 +158,9 @@ def test_gradients_reach_the_shared_weights_from_both_networks() -> None:
 
 
 def test_reference_initial_values() -> None:
-    networks = Networks(tiny(method="joint", model__init="reference", model__vit__width=144, model__vit__mlp_width=400), 10)
+    networks = Networks(
+        tiny(method="joint", model__init="reference", model__vit__width=144, model__vit__mlp_width=400), 10
+    )
     vit, agent = networks.vit, networks.agent
     assert vit is not None
     for tensor, std in [

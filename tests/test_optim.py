@@ -31,7 +31,13 @@ def test_cosine_per_step_falls_within_an_epoch() -> None:
 
 def test_warmup_modes() -> None:
     linear = ScheduleConfig(epochs=12, warmup_epochs=4, per="epoch")
-    assert [round(learning_rate(linear, 1e-3, e) * 1e3, 6) for e in range(5)] == [0.2, 0.393185, 0.559808, 0.682843, 0.75]
+    assert [round(learning_rate(linear, 1e-3, e) * 1e3, 6) for e in range(5)] == [
+        0.2,
+        0.393185,
+        0.559808,
+        0.682843,
+        0.75,
+    ]
     constant = ScheduleConfig(epochs=12, kind="constant", warmup_epochs=4, warmup_mode="constant", warmup_factor=0.1)
     assert [learning_rate(constant, 1.0, e) for e in (0, 3.9, 4)] == [0.1, 0.1, 1.0]
 
@@ -41,7 +47,9 @@ def test_linear_decay_ends_at_one_epochs_share() -> None:
 
 
 def test_the_agents_optimiser_overrides_only_in_joint_training() -> None:
-    optim = OptimConfig.model_validate({"lr": 1e-3, "clip_norm": 2.0, "agent": {"lr": 0.5, "name": "sgd", "clip_norm": "none"}})
+    optim = OptimConfig.model_validate(
+        {"lr": 1e-3, "clip_norm": 2.0, "agent": {"lr": 0.5, "name": "sgd", "clip_norm": "none"}}
+    )
     agent = network_optim(optim, "agent", joint=True)
     assert (agent.lr, agent.name, agent.clip_norm, agent.weight_decay) == (0.5, "sgd", None, 0.05)
     assert network_optim(optim, "vit", joint=True) == optim
@@ -95,7 +103,8 @@ def test_shared_clipping_of_the_vits_parameters_leaves_the_agents_own_alone() ->
 
 @pytest.mark.parametrize("sam_clip", [True, False])
 def test_a_sharpness_aware_step(sam_clip: bool) -> None:
-    config = tiny(method="vit", precision="fp64", optim={"sam_rho": 0.1, "sam_clip": sam_clip, "clip_norm": 1e-3, "name": "sgd", "weight_decay": 0.0, "lr": 0.1})  # fmt: skip
+    optim = {"sam_rho": 0.1, "sam_clip": sam_clip, "clip_norm": 1e-3, "name": "sgd", "weight_decay": 0.0, "lr": 0.1}
+    config = tiny(method="vit", precision="fp64", optim=optim)
     learner, plain = Learner(config, 10, ONE), Learner(config, 10, ONE)
     data = batch()._replace(images=batch().images.double())
     learner.step(data, 0, 0, 0.0)
@@ -108,7 +117,7 @@ def test_a_sharpness_aware_step(sam_clip: bool) -> None:
     start = [p.detach().clone() for p in parameters]
     with torch.no_grad():
         for p, g in zip(parameters, gradients, strict=True):
-            p += 0.1 * g / norm
+            p.add_(0.1 * g / norm)
     loss = ce(plain.networks.features(data.images)["vit"].logits, data.labels)
     gradients = torch.autograd.grad(loss, parameters)
     norm = torch.sqrt(sum((g**2).sum() for g in gradients))

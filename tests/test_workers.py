@@ -14,6 +14,9 @@ from bootvit.learner import Learner, World
 SIZE, STEPS = 7, 3  # not a multiple of two or three
 
 
+Result = dict[str, tuple[dict[str, torch.Tensor], dict[str, tuple[float, ...]]]]  # method: weights, counts
+
+
 def configured(method: str) -> dict[str, object]:
     return {"method": method, "model": {"agent": {"sync_norm": True}}, "precision": "fp64", "optim": {"sam_rho": 0.05}}
 
@@ -44,14 +47,14 @@ def worker(rank: int, size: int, folder: str) -> None:
 
 
 @pytest.fixture(scope="module", params=[2, 3])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, tuple[dict[str, torch.Tensor], dict[str, tuple[float, ...]]]]]:  # fmt: skip
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Result]:
     folder = tmp_path_factory.mktemp("workers")
     mp.spawn(worker, args=(request.param, str(folder)), nprocs=request.param)
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
 @pytest.mark.parametrize("method", ["joint", "shared"])
-def test_workers_train_the_model_of_one_process(results: list[dict], method: str) -> None:  # type: ignore[type-arg]
+def test_workers_train_the_model_of_one_process(results: list[Result], method: str) -> None:
     alone = train(method, ONE).networks.state_dict()
     for result in results:
         for name, value in result[method][0].items():
@@ -59,7 +62,7 @@ def test_workers_train_the_model_of_one_process(results: list[dict], method: str
 
 
 @pytest.mark.parametrize("method", ["joint", "shared"])
-def test_workers_count_what_one_process_counts(results: list[dict], method: str) -> None:  # type: ignore[type-arg]
+def test_workers_count_what_one_process_counts(results: list[Result], method: str) -> None:
     learner = train(method, ONE)
     counts = learner.evaluate([part(batch(11, seed=9), 0, 1)])
     for result in results:
