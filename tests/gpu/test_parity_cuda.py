@@ -16,12 +16,18 @@ from test_parity import run_case  # noqa: E402
 
 FOLDER = Path(os.environ.get("BOOTVIT_PARITY_DIR") or PARITY / "cases")
 FLOAT64 = 1e-8  # sums in another order than on the CPU
-BFLOAT16 = 0.1  # of the largest logit: 8 bits of mantissa through two or three blocks
+BFLOAT16 = 0.03  # of the largest logit: 8 bits of mantissa through two or three blocks
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def _no_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32 means float32: the coarse check of the kit is finer than TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
 def cases(*kinds: str) -> list[str]:
