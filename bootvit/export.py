@@ -102,7 +102,7 @@ def write_timm(config: Config, networks: Networks, net: Network, facts: dict[str
         "label_names": facts["classes"],
         "pretrained_cfg": {
             "input_size": [3, rows, cols],
-            "fixed_input_size": True,
+            "fixed_input_size": net == "vit",
             "num_classes": len(facts["classes"]),
             "mean": facts["mean"],
             "std": facts["std"],
