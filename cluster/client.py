@@ -48,7 +48,10 @@ def connect(url: str) -> Any:
         raise UserError(_token_error(str(err), url)) from None
     except (RuntimeError, ValueError, KeyError, OSError) as err:
         # The message for a malformed header would quote the token, so only the kind of the error is told.
-        raise UserError(f"{url}: not a Ray dashboard that takes jobs ({type(err).__name__})") from None
+        raise UserError(
+            f"{url}: no jobs are taken there ({type(err).__name__}): "
+            "is it a Ray dashboard, and is the token one line of plain text?"
+        ) from None
 
 
 def _probe(url: str) -> None:
