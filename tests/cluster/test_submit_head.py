@@ -138,6 +138,24 @@ def test_a_training_is_submitted_from_anywhere_and_leaves_its_run(head: Head) ->
     assert re.fullmatch(r"bootvit: error: train-mine-\w+ failed: exit status 2", again.stderr.splitlines()[-1])
 
 
+def test_a_sweep_as_a_job_ends_with_zero_and_is_in_mlflow(head: Head) -> None:
+    tiny = "model: {vit: {width: 24, depth: 1, heads: 3}}\nschedule: {max_steps: 2, epochs: 1}\n"
+    (head.folder / "base.yaml").write_text(
+        f"method: vit\ndata: {{image_size: 16, batch_size: 8, held_out: 0.1}}\n{tiny}"
+    )
+    (head.folder / "few.yaml").write_text("name: few\nbase: base.yaml\nspace: {optim.lr: {grid: [1e-3, 2e-3]}}\n")
+    database = head.folder / "sweep.db"
+    places = (f"ray.storage_path={head.folder}/runs", f"tracking.uri=sqlite:///{database}")
+    done = bootvit(head, "submit", "--", "sweep", "few.yaml", *places)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert only_line(done.stderr).startswith("bootvit: submitted sweep-few-")
+    sweep = json.loads((head.folder / "runs" / "few" / "sweep.json").read_text())
+    assert [trial["status"] for trial in sweep["trials"]] == ["finished", "finished"]
+    with sqlite3.connect(database) as connection:
+        statuses = [row[0] for row in connection.execute("select status from runs")]
+    assert statuses == ["FINISHED"] * 3  # the sweep and its trials
+
+
 def test_a_mistake_in_the_config_never_gets_there(head: Head) -> None:
     before = head.ray("job", "list", "--address", head.url).count("submission_id=")
     done = bootvit(head, "submit", "--", "train", "digits/joint", "data.fractoin=0.1")
