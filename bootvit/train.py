@@ -44,6 +44,8 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
         print(f"{folder.path} is finished; nothing to do")
+        if (tracked := open_tracking(config, folder, splits)) is not None:
+            tracked.sync()  # what a server that was down has not got yet
         return dict(checkpoint.read_json(folder.result))
     with following(config, folder, splits) as tracked:
         result = finish(config, folder, splits, lambda: run(config, folder), tracked)
@@ -100,15 +102,21 @@ def unfinished(config: Config, splits: DataSplits, status: str, err: BaseExcepti
     }
 
 
+def open_tracking(config: Config, folder: RunFolder, splits: DataSplits) -> MlflowRun | None:
+    """The run in MLflow; None where tracking is off or MLflow is not installed, which is said."""
+    if not config.tracking.enabled:
+        return None
+    if not mlflow_available():
+        print("bootvit: MLflow is not installed: this run is only in its folder", file=sys.stderr)
+        return None
+    tags = run_tags(config, data_fingerprint=splits.fingerprint, subset_digest=splits.train.digest)
+    return MlflowRun(config, folder.path, tags=tags)
+
+
 @contextmanager
 def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator[MlflowRun | None]:
     """Follow the journal in the background: progress on the terminal, points to MLflow."""
-    tracked = None
-    if config.tracking.enabled and mlflow_available():
-        tags = run_tags(config, data_fingerprint=splits.fingerprint, subset_digest=splits.train.digest)
-        tracked = MlflowRun(config, folder.path, tags=tags)
-    elif config.tracking.enabled:
-        print("MLflow is not installed: this run is only in its folder", file=sys.stderr)
+    tracked = open_tracking(config, folder, splits)
     stop = threading.Event()
     threads = [threading.Thread(target=follow_progress, args=(config, folder, stop), daemon=True)]
     if tracked is not None:

@@ -146,6 +146,8 @@ class WorkerLoader:
                         self._config.data,
                     )
                 self._skipped.add(place)
+        if not len(loaded.labels) and part.stop > part.start:
+            raise UserError(f"{self._subset.table.where(0)}: every image of a worker's part of a step is broken")
         images = _to(loaded.images, self._device).permute(0, 3, 1, 2)
         table = self._subset.table
         return Batch(normalise(images, table.mean, table.std), _to(loaded.labels, self._device), part.global_size)
