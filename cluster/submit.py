@@ -6,6 +6,7 @@ import os
 import re
 import secrets
 import shlex
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ PASSED = (  # settings of MLflow's client without secrets: a password or token i
     "MLFLOW_HTTP_REQUEST_TIMEOUT",
     "MLFLOW_S3_ENDPOINT_URL",
 )
+STARTING = "No available agent"  # Ray's answer, after ten seconds, while a head is still coming up
+STARTING_S = 30.0  # for which that is asked again
 
 
 @dataclass(frozen=True)
@@ -67,15 +70,19 @@ def send(client: Any, job: Job, url: str, name: str) -> None:
         if nodes is not None:
             check_capacity(job.workers, nodes, url)
     runtime_env = {"working_dir": str(job.folder), "env_vars": dict(job.env)}
-    try:
-        client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name)
-    except RuntimeError as err:
-        if "already exists" not in str(err):
-            raise RunFailed(f"{url} did not take the job: {' '.join(str(err).split())[:300]}") from err
-        raise UserError(
-            f"submission id {name} is taken at {url}: take another, or follow that job with: "
-            f"ray job logs --address {url} --follow {name}"
-        ) from None
+    until = time.monotonic() + STARTING_S
+    while True:
+        try:
+            client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name)
+            return
+        except (OSError, RuntimeError) as err:
+            if "already exists" in str(err):
+                raise UserError(
+                    f"submission id {name} is taken at {url}: take another, or follow that job with: "
+                    f"ray job logs --address {url} --follow {name}"
+                ) from None
+            if STARTING not in str(err) or time.monotonic() > until:
+                raise RunFailed(f"{url} did not take the job: {' '.join(str(err).split())[:300]}") from err
 
 
 def watch(client: Any, url: str, name: str, *, wait: bool) -> int:

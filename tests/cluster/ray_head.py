@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 JOB = """
 import sys
 from pathlib import Path
-from bootvit.errors import UserError
+from bootvit.errors import RunFailed, UserError
 from cluster.client import connect, dashboard
 from cluster.command import Workers
 from cluster.submit import Job, send, watch
@@ -29,7 +29,7 @@ try:
     client = connect(url)
     send(client, Job(entrypoint, Path(folder), {}, Workers(1, float(cpus), 0, "that much")), url, name)
     sys.exit(watch(client, url, name, wait=True))
-except UserError as err:
+except (RunFailed, UserError) as err:
     sys.exit(f"bootvit: error: {err}")
 """  # what `submit` does with a command, with any command
 

@@ -9,7 +9,6 @@ import pytest
 from bootvit.errors import UserError
 from cluster.capacity import check_capacity, known_nodes
 from cluster.command import Workers, check_command, outlives_job
-from cluster.submit import check_id, new_id
 
 GOOD = ["ray.storage_path=/shared/runs", "tracking.uri=http://mlflow:5000"]
 
@@ -151,11 +150,3 @@ def test_a_cluster_that_may_grow_is_not_counted() -> None:
     assert known_nodes({"data": {"clusterStatus": by_hand}}) == [{"CPU": 2.0}]
     assert known_nodes({"data": {"clusterStatus": growing}}) is None
     assert known_nodes({"data": {"clusterStatus": None}}) is None
-
-
-def test_submission_ids() -> None:
-    assert new_id("train-a b/c").startswith("train-a-b-c-")
-    assert new_id("train") != new_id("train")
-    assert check_id("mine_1.2-3") == "mine_1.2-3"
-    with pytest.raises(UserError, match="letters"):
-        check_id("../x y")

@@ -17,7 +17,8 @@ configs/digits/joint.yaml
 """
 UNWANTED = """
 .env .git/config .venv/lib.py .hidden.yaml README.md auth_token mlflow.db runs/a/checkpoints/1.pt data/x.bin
-bootvit/.env bootvit/.ipynb_checkpoints/cli.py configs/.local.yaml bootvit/data/batch.bin bootvit/__pycache__/cli.pyc bootvit/key.pem configs/.secret.yaml
+bootvit/.env bootvit/.ipynb_checkpoints/cli.py configs/.local.yaml
+bootvit/data/batch.bin bootvit/__pycache__/cli.pyc bootvit/key.pem configs/.secret.yaml
 configs/my-token.json configs/credentials.yaml configs/aws_secret.json tune/mlruns/x.db
 """
 
