@@ -49,7 +49,7 @@ class SearchConfig(Section):
     )
     samples: int = Field(1, ge=1, description="settings drawn for each cell of the grid; pbt: size of a population")
     seed: int = Field(0, ge=0, lt=2**32)
-    sampler: Literal["tpe", "gp", "cmaes", "qmc"] = Field("tpe", description="Optuna's")
+    sampler: Literal["tpe", "gp", "qmc"] = Field("tpe", description="Optuna's")
     interval: int = Field(1, ge=1, description="pbt: epochs between two exchanges")
     quantile: float = Field(0.25, gt=0, le=0.5, description="pbt: share of members that copy a better one")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, Protocol
@@ -192,11 +193,12 @@ class Suggestions:
         samplers = {
             "tpe": lambda: optuna.samplers.TPESampler(seed=seed),
             "gp": lambda: optuna.samplers.GPSampler(seed=seed),
-            "cmaes": lambda: optuna.samplers.CmaEsSampler(seed=seed),
             "qmc": lambda: optuna.samplers.QMCSampler(seed=seed, warn_independent_sampling=False),
         }
         direction = {"max": "maximize", "min": "minimize"}[self._sweep.file.select.mode]
-        return optuna.create_study(direction=direction, sampler=samplers[search.sampler]())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            return optuna.create_study(direction=direction, sampler=samplers[search.sampler]())
 
     def _ask(self, number: int) -> tuple[Setting, bool]:
         """A suggestion, and whether it is new to its study; one that is not is not run, and told as failed."""

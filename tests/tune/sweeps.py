@@ -1,0 +1,56 @@
+"""Small sweeps that several tests use."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tune.budget import Budget
+from tune.conductor import Conductor
+from tune.groups import Stopper
+from tune.log import Log
+from tune.schema import Sweep, load_sweep
+from tune.search import make_source
+
+TINY_RUN = {
+    "model.vit.width": 18,
+    "model.vit.depth": 2,
+    "model.vit.mlp_width": 24,
+    "data.held_out": 0.2,
+    "schedule.epochs": 3,
+    "schedule.warmup_epochs": 0,
+    "schedule.eval_every": 1,
+}
+
+
+def sweep_file(folder: Path, **content: Any) -> Path:
+    """A sweep file on the digits, a second a trial; `set` is added to the tiny run's own."""
+    run = {key: value for key, value in TINY_RUN.items() if key not in content.get("space", {})}
+    settings = {**run, "ray.storage_path": str(folder / "runs"), **content.pop("set", {})}
+    settings.setdefault("tracking.uri", f"sqlite:///{folder}/mlflow.db")
+    data = {"name": "sweep", "base": "digits/joint", "set": settings, **content}
+    path = folder / "sweep.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False))
+    return path
+
+
+def make_sweep(folder: Path, **content: Any) -> Sweep:
+    """The same, read."""
+    return load_sweep(str(sweep_file(folder, **content)))
+
+
+class Clock:
+    """Time that passes when a test says so."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def make_conductor(sweep: Sweep, clock: Clock | None = None, epochs: int = 9, **hooks: Any) -> Conductor:
+    """A conductor on the sweep's folder: a second one is what a new driver makes of the first one's log."""
+    log = Log(sweep.folder / "events.jsonl")
+    budget = Budget(sweep.file.budget, sweep.file.resources.gpu)
+    return Conductor(sweep, log, make_source(sweep), Stopper(sweep, epochs), budget, clock=clock or Clock(), **hooks)

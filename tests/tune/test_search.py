@@ -1,0 +1,210 @@
+"""Optuna per cell, rungs of fractions, populations; each the same after a kill."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from bootvit import checkpoint
+from bootvit.config import load_config
+from bootvit.runs import RunFolder, claim
+from tests.tune.sweeps import make_conductor, make_sweep
+from tests.tune.test_conductor import run
+from tune.log import Trial
+from tune.pbt import copy_member, mutate
+from tune.schema import Sweep
+from tune.space import trial_config
+
+KD = "objective.vit.kd"
+OPTUNA: dict[str, Any] = {
+    "space": {"data.fraction": {"grid": [0.05, 0.5]}, KD: {"loguniform": [0.01, 10]}},
+    "search": {"algorithm": "optuna", "samples": 14, "seed": 1},
+}
+
+
+def near_two(trial: Trial, epoch: int) -> float:
+    """Best at a weight of 2 for small fractions, at 0.05 for large ones."""
+    best = 2.0 if trial.spec.overrides.get("data.fraction") == 0.05 else 0.05
+    return -abs(trial.overrides[KD] - best)
+
+
+def by_cell(trials: dict[str, Trial]) -> dict[float, list[float]]:
+    """{fraction: weights in the order in which they were suggested}"""
+    out: dict[float, list[float]] = {}
+    for trial in trials.values():
+        out.setdefault(trial.spec.overrides["data.fraction"], []).append(trial.spec.overrides[KD])
+    return out
+
+
+def test_each_cell_has_a_study_of_its_own(tmp_path: Path) -> None:
+    conductor = make_conductor(make_sweep(tmp_path, **OPTUNA))
+    run(conductor, near_two, epochs=1)
+    found = by_cell(conductor.trials)
+    assert {cell: len(values) for cell, values in found.items()} == {0.05: 14, 0.5: 14}
+    assert min(abs(v - 2) for v in found[0.05]) < 0.7
+    assert min(abs(v - 0.05) for v in found[0.5]) < 0.05
+    alone = {**OPTUNA, "name": "alone", "space": {**OPTUNA["space"], "data.fraction": {"grid": [0.05]}}}
+    separate = make_conductor(make_sweep(tmp_path, **alone))
+    run(separate, near_two, epochs=1)
+    assert by_cell(separate.trials)[0.05] == found[0.05]
+
+
+@pytest.mark.parametrize("sampler", ["tpe", "qmc", "gp"])
+@pytest.mark.parametrize("cut", [5, 31])
+def test_after_a_kill_optuna_suggests_what_it_would_have(tmp_path: Path, sampler: str, cut: int) -> None:
+    content = {**OPTUNA, "search": {**OPTUNA["search"], "sampler": sampler, "samples": 12}}
+    sweep = make_sweep(tmp_path, **content)
+    whole = make_conductor(sweep)
+    run(whole, near_two, epochs=1)
+    log = sweep.folder / "events.jsonl"
+    log.write_text("".join(log.read_text().splitlines(keepends=True)[:cut]))
+    resumed = make_conductor(sweep)
+    run(resumed, near_two, epochs=1)
+    assert by_cell(resumed.trials) == by_cell(whole.trials)
+
+
+def test_optuna_judges_a_setting_by_all_its_seeds(tmp_path: Path) -> None:
+    content = {**OPTUNA, "seeds": [0, 1], "search": {**OPTUNA["search"], "samples": 3}}
+    conductor = make_conductor(make_sweep(tmp_path, **content))
+    run(conductor, near_two, epochs=1)
+    settings = [trial.spec.setting for trial in conductor.trials.values()]
+    assert len(settings) == 12
+    assert all(settings.count(setting) == 2 for setting in settings)
+
+
+def test_seeds_in_group_by_have_studies_of_their_own(tmp_path: Path) -> None:
+    content = {**OPTUNA, "seeds": [0, 1], "group_by": ["data.fraction", "seed"]}
+    conductor = make_conductor(make_sweep(tmp_path, **content, concurrency=1))
+    run(conductor, near_two, epochs=1)
+    weights = {s: {t.spec.overrides[KD] for t in conductor.trials.values() if t.spec.seed == s} for s in (0, 1)}
+    assert not weights[0] & weights[1]
+
+
+def test_conditions_and_choices_reach_optuna(tmp_path: Path) -> None:
+    space = {
+        "method": {"choice": ["vit", "joint"]},
+        KD: {"uniform": [0.1, 1], "when": {"method": "joint"}},
+        "schedule.epochs": {"randint": [2, 4]},
+    }
+    sweep = make_sweep(tmp_path, space=space, search={"algorithm": "optuna", "samples": 15}, group_by=[])
+    conductor = make_conductor(sweep)
+    run(conductor, lambda t, e: float(t.spec.overrides["schedule.epochs"]), epochs=1)
+    for trial in conductor.trials.values():
+        assert (KD in trial.spec.overrides) == (trial.spec.overrides["method"] == "joint")
+        assert trial.spec.overrides["schedule.epochs"] in (2, 3, 4)
+    settings = [trial.spec.setting for trial in conductor.trials.values()]
+    assert len(set(settings)) == len(settings), "equal suggestions are run once"
+
+
+def test_small_fractions_are_rungs_for_the_largest(tmp_path: Path) -> None:
+    space = {
+        "data.fraction": {"grid": [0.5, 0.05, 0.1]},
+        KD: {"grid": list(range(1, 10))},
+        "method": {"grid": ["joint", "shared"]},
+    }
+    sweep = make_sweep(tmp_path, space=space, fidelity="data.fraction", scheduler={"name": "none", "reduction": 3})
+    conductor = make_conductor(sweep)
+    run(conductor, lambda t, e: float(t.spec.overrides[KD]), epochs=1, at_once=4)
+    for method in ("joint", "shared"):
+        weights = {
+            f: [
+                t.spec.overrides[KD]
+                for t in conductor.trials.values()
+                if t.spec.overrides["data.fraction"] == f and t.spec.overrides["method"] == method
+            ]
+            for f in (0.05, 0.1, 0.5)
+        }
+        assert sorted(weights[0.05]) == list(range(1, 10))
+        assert sorted(weights[0.1]) == [7, 8, 9]
+        assert weights[0.5] == [9]
+
+
+def test_rungs_are_the_same_after_a_kill(tmp_path: Path) -> None:
+    space = {"data.fraction": {"grid": [0.05, 0.5]}, KD: {"grid": [1, 2, 3, 4]}}
+    sweep = make_sweep(tmp_path, space=space, fidelity="data.fraction", seeds=[0, 1])
+    whole = make_conductor(sweep)
+    run(whole, near_two, epochs=1)
+    log = sweep.folder / "events.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    for cut in range(1, len(lines), 4):
+        log.write_text("".join(lines[:cut]))
+        resumed = make_conductor(sweep)
+        run(resumed, near_two, epochs=1)
+        assert list(resumed.trials) == list(whole.trials)
+
+
+# ---------------------------------------------------------------------------------------------- populations
+
+PBT: dict[str, Any] = {
+    "space": {KD: {"loguniform": [0.1, 10]}},
+    "search": {"algorithm": "pbt", "samples": 4, "interval": 2, "quantile": 0.25},
+}
+
+
+def test_losers_copy_winners_and_change_what_they_copied(tmp_path: Path) -> None:
+    copies: list[tuple[str, str, int]] = []
+    conductor = make_conductor(
+        make_sweep(tmp_path, **PBT), on_copy=lambda m, d, e: copies.append((m.spec.id, d.spec.id, e))
+    )
+    run(conductor, lambda t, e: t.overrides[KD], epochs=6, at_once=2)
+    assert [epoch for *_, epoch in copies] == [2, 4]
+    assert all(trial.status == "finished" for trial in conductor.trials.values())
+    member = conductor.trials[copies[0][0]]
+    donor = conductor.trials[copies[0][1]]
+    assert member.changes[0]["overrides"][KD] != member.spec.overrides[KD]
+    assert 0.1 <= member.overrides[KD] <= 10
+    assert donor.spec.overrides[KD] == max(t.spec.overrides[KD] for t in conductor.trials.values())
+
+
+@pytest.mark.parametrize("at_once", [1, 3])
+def test_populations_are_the_same_after_a_kill(tmp_path: Path, at_once: int) -> None:
+    sweep = make_sweep(tmp_path, **PBT, seeds=[0, 1])
+    whole = make_conductor(sweep)
+    run(whole, lambda t, e: t.overrides[KD], epochs=6, at_once=at_once)
+    log = sweep.folder / "events.jsonl"
+    lines = log.read_text().splitlines(keepends=True)
+    for cut in range(2, len(lines), 7):
+        log.write_text("".join(lines[:cut]))
+        resumed = make_conductor(sweep)
+        run(resumed, lambda t, e: t.overrides[KD], epochs=6, at_once=at_once)
+        assert [t.changes for t in resumed.trials.values()] == [t.changes for t in whole.trials.values()]
+
+
+def test_a_mutation_stays_in_its_domain(tmp_path: Path) -> None:
+    domain = make_sweep(tmp_path, **PBT).file.space[KD]
+    assert (mutate(9.0, domain, 0.0), mutate(0.11, domain, 0.9)) == (10, 0.1)
+    choice = make_sweep(tmp_path, space={KD: {"choice": [1, 2, 4]}}).file.space[KD]
+    assert (mutate(2, choice, 0.0), mutate(2, choice, 0.9), mutate(4, choice, 0.0)) == (4, 1, 4)
+
+
+def test_a_copy_is_done_once(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, **PBT)
+    member, donor = (trial_config(sweep, {KD: value}, 0, name) for value, name in ((0.1, "member"), (5.0, "donor")))
+    for config, text in ((member, "old"), (donor, "good")):
+        folder, _ = claim(config, resume=True, overwrite=False)
+        checkpoint.save(folder.checkpoints, {"text": text}, epoch=2, step=10, final=False)
+    changed = trial_config(sweep, {KD: 6.0}, 0, "member")
+    copy_member(member.run_dir, donor.run_dir, changed, 2)
+    saved = checkpoint.newest(RunFolder(member.run_dir).checkpoints)
+    assert saved is not None
+    assert checkpoint.load(saved.path) == {"text": "good"}
+    assert load_config(str(member.run_dir / "config.yaml")).objective.vit.kd == 6.0
+    checkpoint.save(RunFolder(member.run_dir).checkpoints, {"text": "further"}, epoch=3, step=15, final=False)
+    copy_member(member.run_dir, donor.run_dir, changed, 2)
+    after = checkpoint.newest(RunFolder(member.run_dir).checkpoints)
+    assert after is not None
+    assert checkpoint.load(after.path) == {"text": "further"}
+
+
+def test_a_copied_member_may_be_resumed_under_its_new_weights(tmp_path: Path) -> None:
+    sweep: Sweep = make_sweep(tmp_path, **PBT)
+    config = trial_config(sweep, {KD: 0.1}, 0, "member")
+    folder, _ = claim(config, resume=True, overwrite=False)
+    checkpoint.save(folder.checkpoints, {}, epoch=2, step=10, final=False)
+    changed = trial_config(sweep, {KD: 0.2}, 0, "member")
+    donor, _ = claim(trial_config(sweep, {KD: 1.0}, 0, "donor"), resume=True, overwrite=False)
+    checkpoint.save(donor.checkpoints, {}, epoch=2, step=10, final=False)
+    copy_member(config.run_dir, donor.path, changed, 2)
+    assert claim(changed, resume=True, overwrite=False)[1] == "unfinished"
