@@ -64,7 +64,8 @@ def test_a_cnn_of_timm_is_exported(tmp_path: Path) -> None:
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
     images = torch.randn(2, 3, 32, 32)
     with torch.no_grad():
-        assert torch.equal(model(images), logits(learner, "agent", images))
+        # the learner lays out a CNN in memory in another way, which sums in another order
+        torch.testing.assert_close(model(images), logits(learner, "agent", images), rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(
