@@ -15,7 +15,9 @@ $(VENV)/.done: pyproject.toml constraints.txt
 	touch $@
 
 demo: setup
-	bash benchmarks/demo.sh
+	$(BIN)/bootvit train digits/joint name=demo-joint data.fraction=0.2 ray.num_workers=2 --overwrite
+	$(BIN)/bootvit sweep sweeps/digits-fractions --overwrite
+	$(BIN)/bootvit report --sweep digits-fractions --out report
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not cluster and not gpu'

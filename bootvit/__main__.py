@@ -4,8 +4,9 @@ import os
 import sys
 from collections.abc import Sequence
 
-# read by Ray when it is imported: its new output would draw over ours
+# read by Ray when it is imported: its new output would draw over ours, and a kill would print C++ stack traces
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
+os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
