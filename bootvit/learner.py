@@ -94,8 +94,8 @@ class Learner:
     def __init__(self, config: Config, num_classes: int, world: World) -> None:
         torch.manual_seed(config.seed)
         self.config, self.world = config, world
-        networks = Networks(config, num_classes)
-        self.networks = networks.to(world.device, PRECISIONS[config.precision], memory_format=torch.channels_last)
+        networks = Networks(config, num_classes).to(memory_format=torch.channels_last)
+        self.networks = networks.to(world.device, PRECISIONS[config.precision])
         if config.model.agent.sync_norm and world.size > 1:
             self.networks = synchronise_norms(self.networks, world.device)
         self.groups = self._groups()
