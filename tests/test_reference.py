@@ -146,6 +146,10 @@ def test_a_missing_sub_file_is_named(tmp_path: Path) -> None:
         ("model/transformer/num_heads", 7, "heads=7"),
         ("model/patch_embed/image_channels", 1, "image_channels=1"),
         ("model/pos_encoding/name", "identity", r"pos_encoding\.name='identity'"),
+        ("model/transformer/embed_dim", "wide", r"embed_dim='wide': expected an integer"),
+        ("model/patch_embed/patch_size", "8x8", "patch_size='8x8'"),
+        ("model/transformer", 3, r"model\.transformer: expected keys"),
+        ("training/optimizer/lr", "fast", "lr='fast': expected a number"),
         ("model/name", "swin", r"model\.name='swin'"),
         ("model/pre_train", "x.pth", r"model\.pre_train is not supported"),
         ("training/optimizer/name", "Lamb", r"optimizer\.name='Lamb'"),
@@ -174,6 +178,7 @@ def test_what_is_not_supported_is_refused_by_name(place: str, value: object, nam
     ("place", "value", "named"),
     [
         ("loss/hint_cfg/proj_student", True, "proj_student=True"),
+        ("loss/loss_items", None, "loss_items=None: expected a list"),
         ("loss/hint_cfg/start_id", 2, "start_id=2"),
         ("loss/hint_cfg/embed_dim", 24, "embed_dim=24"),
         ("loss/hint_cfg/auto_resample", False, "auto_resample"),

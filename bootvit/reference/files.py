@@ -55,6 +55,20 @@ class Node:
             raise UserError(f"{self.where(key)}={value!r}: expected a number")
         return value
 
+    def whole(self, key: str, default: Any = _MISSING) -> int:
+        """As `take`, for an integer."""
+        value = self.take(key, default)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise UserError(f"{self.where(key)}={value!r}: expected an integer")
+        return value
+
+    def listing(self, key: str, kind: type, default: Any = _MISSING) -> list[Any]:
+        """As `take`, for a list of strings or integers."""
+        value = self.take(key, default)
+        if not isinstance(value, list | tuple) or not all(isinstance(item, kind) for item in value):
+            raise UserError(f"{self.where(key)}={value!r}: expected a list of {kind.__name__}")
+        return list(value)
+
     def size(self, key: str, default: Any = _MISSING) -> list[int]:
         """A side or [rows, columns], as [rows, columns]."""
         value = self.take(key, default)
@@ -84,8 +98,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     `cfg_path` is relative to the folder from which the reference was started: it is looked for upwards from the file.
     """
     settings = _read(path)
-    networks = Node(Node(settings, f"{path}: ").take("mutual", {}), f"{path}: mutual").take("cfg", {})
-    named = [one["cfg_path"] for one in networks.values() if isinstance(one, dict) and "cfg_path" in one]
+    networks = Node(settings, f"{path}: ").section("mutual", {}).take("cfg", {})
+    given = networks.values() if isinstance(networks, dict) else ()
+    named = [str(one["cfg_path"]) for one in given if isinstance(one, dict) and "cfg_path" in one]
     inline = settings.get("sub_configs", {})
     return settings | {"sub_configs": {name: inline.get(name) or _read(_upwards(path, name)) for name in named}}
 

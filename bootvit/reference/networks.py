@@ -50,10 +50,10 @@ def read_vit(model: Node) -> ReadViT:
     places.only("name", ("learnable",))
     section = {
         "name": f"bootvit_small{'_distilled' if deit else ''}_patch16_224",
-        "width": inner.take("embed_dim"),
-        "depth": inner.take("num_encoder_layers", 12),
-        "heads": inner.take("num_heads", 8),
-        "mlp_width": inner.take("dim_feedforward", 2048),
+        "width": inner.whole("embed_dim"),
+        "depth": inner.whole("num_encoder_layers", 12),
+        "heads": inner.whole("num_heads", 8),
+        "mlp_width": inner.whole("dim_feedforward", 2048),
         "patch": patches.size("patch_size", 16),
         "norm_eps": inner.number("norm_eps", 1e-5),
         "attention": ("entmax" if learned else "entmax_fixed") if sparse else "softmax",
@@ -77,18 +77,18 @@ def read_agent(model: Node) -> ReadAgent:
     model.only("cnn_name", ("cnn_block",))
     model.only("activation", ("gelu",))
     _read_norm(model)
-    depth = model.take("num_layers")
+    depth = model.whole("num_layers")
     section = _read_stem(model.section("input_proj")) | _read_conv(model.section("conv_block"))
     mlp = model.section("mlp_block")
     mlp.only("name", ("mlp_cnn",))
     section |= {
         "norm": "pre" if model.only("pre_norm", (True, False), default=True) else "post",
         "downsample": _pools(model, depth),
-        "mlp_width": mlp.take("dim_feedforward"),
+        "mlp_width": mlp.whole("dim_feedforward"),
         "dropout": mlp.number("dropout", 0.0),
         "residual_dropout": model.number("dropout", 0.0),
     }
-    width = model.take("embed_dim")
+    width = model.whole("embed_dim")
     mlp.done()
     model.done()
     return ReadAgent(section, width, depth)
@@ -120,14 +120,14 @@ def _read_stem(stem: Node) -> dict[str, Any]:
         section: dict[str, Any] = {"stem": "patch", "patch": stem.size("patch_size", 16)}
     else:
         stem.only("activation", ("gelu",))
-        section = {"stem": "resnet", "stem_width": stem.take("mid_channel", 64)}
+        section = {"stem": "resnet", "stem_width": stem.whole("mid_channel", 64)}
     stem.done()
     return section
 
 
 def _read_conv(conv: Node) -> dict[str, Any]:
     conv.only("bias", (True,), default=True)
-    heads = conv.take("num_heads", 6)
+    heads = conv.whole("num_heads", 6)
     small = conv.only("name", ("conv_sl", "conv_manyhead")) == "conv_sl"
     conv.done()
     return {"name": "agent_small"} if small else {"name": "agent_base", "heads": heads, "taps": "row_major"}
@@ -135,5 +135,5 @@ def _read_conv(conv: Node) -> dict[str, Any]:
 
 def _pools(model: Node, depth: int) -> list[int]:
     """Blocks followed by a pool; the reference looks up each block in the list, so others in it mean nothing."""
-    listed = model.take("down_sample_layers", [])
+    listed = model.listing("down_sample_layers", int, [])
     return [i for i in range(depth) if i in listed]

@@ -44,7 +44,7 @@ def read_schedule(schedule: Node | None) -> Sections:
     schedule.only("eta_min", (0,), default=0)
     section = {
         "kind": "cosine",
-        "period": schedule.take("T_max"),
+        "period": schedule.whole("T_max"),
         "warmup_epochs": schedule.number("warmup_iters", 0),
         "warmup_mode": schedule.only("warmup_mode", ("linear", "constant"), default="linear"),
         "warmup_factor": schedule.number("warmup_factor", 0.2),
@@ -95,7 +95,7 @@ def read_mutual_loss(loss: Node, decay: Node, *, shared: bool) -> tuple[Sections
     loss.only("name", ("joint_mutual_loss" if shared else "base_mutual_loss",))
     items = dict(zip(("joint_ce", "joint_kd", "joint_hint") if shared else
                      ("cross_entropy", "mutual_kd", "mutual_hint"), ("ce", "kd", "hint"), strict=True))  # fmt: skip
-    listed = loss.take("loss_items")
+    listed = loss.listing("loss_items", str)
     unknown = [item for item in listed if item not in items]
     if unknown:
         raise UserError(f"{loss.where('loss_items')}: {unknown[0]!r} is not supported, only {', '.join(items)}")
@@ -132,7 +132,7 @@ def _read_weights(weights: Node, *, shared: bool) -> dict[str, float]:
 
 def _decayed(decay: Node) -> list[str]:
     """The weights that fade to zero."""
-    items = list(decay.take("decay_items", []))
+    items = decay.listing("decay_items", str, [])
     used = decay.only("use_decay", (True, False), default=False)
     decay.done()
     return items if used else []
@@ -142,7 +142,7 @@ def _read_hint(hint: Node) -> Hint:
     hint.only("proj_student", (False,), default=False)
     read = Hint(
         hint.place,
-        hint.take("start_id", 1),
+        hint.whole("start_id", 1),
         hint.only("norm", (True, False), default=False),
         hint.take("embed_dim", None),
         hint.only("auto_resample", (True, False), default=False),

@@ -127,13 +127,13 @@ def _joint(top: Node, mutual: Node) -> tuple[Sections, Hint | None]:
     models: dict[Network, Node] = {}
     for net, name in OTHER.items():
         given = networks.section(name)
-        path = given.take("cfg_path")
+        path = str(given.take("cfg_path"))
         file = Node(files.take(path), f"{path}: ")
         optims[net], schedules[net] = read_learner(file.section("training", NO_TRAINING))
         if "sam_rho" in optims[net]:
             raise UserError(f"{path}: training.optimizer.sam is not supported in mutual training")
         optims[net]["clip_norm"] = given.take("clip_max_norm", None)
-        models[net], layers[net] = file.section("model"), given.take("extract_layers", [])
+        models[net], layers[net] = file.section("model"), given.listing("extract_layers", str, [])
         given.done()
     for node in (networks, mutual):
         node.done()
@@ -157,7 +157,7 @@ def _shared(top: Node, mutual: Node) -> tuple[Sections, Hint | None]:
     clipping = networks.section("joint", {})
     clip = clipping.take("clip_max_norm", None)
     mutual.only("master", ("vit", "cnn") if clip is None else ("vit",), default="vit")  # whose weights are clipped
-    layers = {net: networks.take(f"extract_layers_{name}", []) for net, name in OTHER.items()}
+    layers = {net: networks.listing(f"extract_layers_{name}", str, []) for net, name in OTHER.items()}
     for node in (clipping, networks, mutual):
         node.done()
     optim, schedule = read_learner(training)
