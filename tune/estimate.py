@@ -29,7 +29,7 @@ def _what(sweep: Sweep) -> list[str]:
     file = sweep.file
     lines = [f"sweep {file.name}: {file.algorithm}, scheduler {file.scheduler.name}, groups by {list(sweep.group_by)}"]
     if file.algorithm == "optuna":
-        lines += [f"  {key}: {domain.model_dump(exclude_defaults=True)}" for key, domain in file.space.items()]
+        lines += [f"  {key}: {domain.model_dump(exclude_defaults=True)}" for key, domain in file.domains]
         cells = len(list(settings(sweep, None)))
         return [
             *lines,

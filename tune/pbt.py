@@ -16,7 +16,7 @@ from bootvit.config import Config, dump_config
 from tune.domain import Domain
 from tune.log import Event, Trial
 from tune.schema import Sweep
-from tune.space import canonical, uniform
+from tune.space import Setting, canonical, domain_of, uniform
 
 RESAMPLE = 0.25  # chance that a value is drawn anew instead of moved
 FACTORS = (0.8, 1.25)
@@ -24,7 +24,8 @@ FACTORS = (0.8, 1.25)
 
 def population(sweep: Sweep, trial: Trial) -> str:
     """Members may copy one another if they are of one cell of the grid, and of one seed."""
-    cell = {key: value for key, value in trial.spec.overrides.items() if sweep.file.space[key].kind == "grid"}
+    drawn = drawn_domains(sweep, trial.spec.overrides)
+    cell = {key: value for key, value in trial.spec.overrides.items() if key not in drawn}
     return canonical([trial.spec.group, cell, trial.spec.seed])
 
 
@@ -38,14 +39,19 @@ def exchange(sweep: Sweep, members: Sequence[Trial], epoch: int) -> list[Event]:
     for loser in ranked[:count]:
         donor = ranked[len(ranked) - count + int(uniform(search.seed, loser.spec.id, epoch, "donor") * count)]
         mutated = {
-            key: mutate(value, sweep.file.space[key], uniform(search.seed, loser.spec.id, epoch, key, "move"))
+            key: mutate(donor.overrides[key], domain, uniform(search.seed, loser.spec.id, epoch, key, "move"))
             if uniform(search.seed, loser.spec.id, epoch, key, "how") >= RESAMPLE
-            else sweep.file.space[key].draw(uniform(search.seed, loser.spec.id, epoch, key, "draw"))
-            for key, value in donor.overrides.items()
-            if sweep.file.space[key].kind != "grid"
+            else domain.draw(uniform(search.seed, loser.spec.id, epoch, key, "draw"))
+            for key, domain in drawn_domains(sweep, donor.overrides).items()
         }
         changes.append({"id": loser.spec.id, "donor": donor.spec.id, "overrides": {**donor.overrides, **mutated}})
     return changes
+
+
+def drawn_domains(sweep: Sweep, setting: Setting) -> dict[str, Domain]:
+    """The domains of a setting's keys, grids aside."""
+    found = {key: domain_of(sweep, key, setting) for key in setting}
+    return {key: domain for key, domain in found.items() if domain is not None and domain.kind != "grid"}
 
 
 def mutate(value: Any, domain: Domain, u: float) -> Any:

@@ -98,7 +98,7 @@ def winners(sweep: Sweep, trials: Trials) -> dict[str, Score]:
     """The best setting of every group; with a fidelity only the largest fraction's trials can win."""
     groups: dict[str, list[Trial]] = {}
     key = sweep.file.fidelity
-    top = max(sweep.file.space[key].values) if key else None
+    top = max(sweep.file.space[key][0].values) if key else None
     for trial in trials.values():
         if key is None or get_value(sweep, trial.spec.overrides, key) == top:
             groups.setdefault(trial.spec.group, []).append(trial)

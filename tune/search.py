@@ -17,7 +17,7 @@ from tune.select import scores
 from tune.space import (
     Setting,
     canonical,
-    counts,
+    domain_of,
     get_value,
     in_order,
     make_specs,
@@ -81,7 +81,7 @@ class Rungs:
     def __init__(self, sweep: Sweep) -> None:
         self._sweep = sweep
         self._key = str(sweep.file.fidelity)
-        self._fractions = sorted(sweep.file.space[self._key].values)
+        self._fractions = sorted(sweep.file.space[self._key][0].values)
 
     def more(self, trials: Trials) -> Event | None:
         """The first rung, and later the next rung of a group whose last one is complete."""
@@ -209,9 +209,11 @@ class Suggestions:
         asked = study.ask()
         setting = dict(cell)
         for key in in_order(self._sweep.file.space):
-            domain = self._sweep.file.space[key]
-            if domain.kind != "grid" and counts(domain, setting, self._sweep.base):
-                setting[key] = suggest(asked, key, domain)
+            domain = domain_of(self._sweep, key, setting)
+            if domain is not None and domain.kind != "grid":
+                domains = self._sweep.file.space[key]
+                name = key if len(domains) == 1 else f"{key}[{domains.index(domain)}]"
+                setting[key] = suggest(asked, name, domain)
         self._asked[number] += 1
         if any(old.user_attrs.get("setting") == canonical(setting) for old in study.trials):
             study.tell(asked, state=optuna.trial.TrialState.FAIL)

@@ -48,14 +48,14 @@ def uniform(*parts: Any) -> float:
 # ------------------------------------------------------------------------------------------------ settings
 
 
-def in_order(space: Mapping[str, Domain], path: object = "space") -> list[str]:
+def in_order(space: Mapping[str, Sequence[Domain]], path: object = "space") -> list[str]:
     """The keys, each after those that its `when` asks for, otherwise as the file has them."""
     out: list[str] = []
 
     def visit(key: str, above: tuple[str, ...]) -> None:
         if key in above:
             raise UserError(f"{path}: space.{key}.when depends on itself through {' -> '.join((*above, key))}")
-        for other in space[key].when:
+        for other in [name for domain in space[key] for name in domain.when]:
             if other in space and other not in out:
                 visit(other, (*above, key))
         if key not in out:
@@ -75,6 +75,11 @@ def counts(domain: Domain, setting: Setting, base: Config) -> bool:
     return True
 
 
+def domain_of(sweep: Sweep, key: str, setting: Setting) -> Domain | None:
+    """The domain that a key has in this setting: the first whose condition holds; None if the key does not count."""
+    return next((domain for domain in sweep.file.space[key] if counts(domain, setting, sweep.base)), None)
+
+
 def settings(sweep: Sweep, draw: Draw | None) -> Iterator[Setting]:
     """Every cell of the grid with one draw for each of its other keys; without `draw` these are left out."""
     space = sweep.file.space
@@ -85,8 +90,8 @@ def settings(sweep: Sweep, draw: Draw | None) -> Iterator[Setting]:
             yield setting
             return
         key, rest = left[0], left[1:]
-        domain = space[key]
-        if not counts(domain, setting, sweep.base):
+        domain = domain_of(sweep, key, setting)
+        if domain is None:
             yield from walk(rest, setting)
         elif domain.kind == "grid":
             for value in domain.values:
@@ -191,11 +196,11 @@ def trial_settings(sweep: Sweep) -> Iterator[Setting]:
     """The settings that `check_space` looks at."""
     if sweep.file.algorithm != "optuna":
         yield from planned_settings(sweep)
-    for key, domain in sweep.file.space.items():
+    for _, domain in sweep.file.domains:
         if domain.kind == "grid":
             continue
         for end in domain.values:
-            yield from settings(sweep, lambda k, d, key=key, end=end: end if k == key else d.values[0])  # type: ignore[misc]
+            yield from settings(sweep, lambda _, d, domain=domain, end=end: end if d is domain else d.values[0])  # type: ignore[misc]
 
 
 def _check_model(sweep: Sweep, config: Config) -> None:

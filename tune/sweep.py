@@ -21,10 +21,11 @@ from tune.data import check_data, fingerprints
 from tune.estimate import describe_plan
 from tune.folder import check_folder, claim_folder
 from tune.groups import Stopper
+from tune.load import load_sweep
 from tune.log import ENDED, Log, Trial
 from tune.pbt import copy_member
 from tune.record import Document, Recorder, winners, write
-from tune.schema import BudgetConfig, Sweep, load_sweep
+from tune.schema import BudgetConfig, Sweep
 from tune.search import make_source
 from tune.ship import Shipper, is_shipped
 from tune.space import check_space, trial_config
@@ -226,7 +227,8 @@ class Driver:
         if not mlflow_available():
             print("MLflow is not installed: this sweep is only in its folder", file=sys.stderr)
             return None
-        space = {key: domain.model_dump(exclude_defaults=True) for key, domain in self._sweep.file.space.items()}
+        dumped = self._sweep.file.model_dump(mode="json", exclude_defaults=True)["space"]
+        space = {key: domains[0] if len(domains) == 1 else domains for key, domains in dumped.items()}
         uri = tracking_uri(tracking.uri)
         folder, name, path = self._sweep.folder, self._sweep.file.name, self._sweep.path
         return SweepRun(folder, uri, tracking.experiment, name=name, space=space, file=path)

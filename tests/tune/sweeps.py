@@ -8,8 +8,9 @@ import yaml
 from tune.budget import Budget
 from tune.conductor import Conductor
 from tune.groups import Stopper
+from tune.load import load_sweep
 from tune.log import Log
-from tune.schema import Sweep, load_sweep
+from tune.schema import Sweep
 from tune.search import make_source
 
 TINY_RUN = {

@@ -173,9 +173,9 @@ def test_populations_are_the_same_after_a_kill(tmp_path: Path, at_once: int) -> 
 
 
 def test_a_mutation_stays_in_its_domain(tmp_path: Path) -> None:
-    domain = make_sweep(tmp_path, **PBT).file.space[KD]
+    domain = make_sweep(tmp_path, **PBT).file.space[KD][0]
     assert (mutate(9.0, domain, 0.0), mutate(0.11, domain, 0.9)) == (10, 0.1)
-    choice = make_sweep(tmp_path, space={KD: {"choice": [1, 2, 4]}}).file.space[KD]
+    choice = make_sweep(tmp_path, space={KD: {"choice": [1, 2, 4]}}).file.space[KD][0]
     assert (mutate(2, choice, 0.0), mutate(2, choice, 0.9), mutate(4, choice, 0.0)) == (4, 1, 4)
 
 

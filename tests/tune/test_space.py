@@ -9,7 +9,8 @@ from bootvit.config import SHIPPED
 from bootvit.errors import UserError
 from tests.tune.sweeps import make_sweep, sweep_file
 from tune.cluster import check_resources, room
-from tune.schema import get, load_sweep
+from tune.load import load_sweep
+from tune.schema import get
 from tune.space import check_space, group_name, make_specs, planned_settings, sample, trial_config
 
 KD = "objective.vit.kd"
@@ -33,6 +34,13 @@ def test_a_condition_leaves_a_key_out_where_it_does_not_hold(tmp_path: Path) -> 
         {"method": "joint", KD: 0.5},
         {"method": "joint", KD: 1.0},
     ]
+
+
+def test_a_key_may_have_other_values_under_other_conditions(tmp_path: Path) -> None:
+    hint = [{"grid": [5], "when": {"method": "shared"}}, {"grid": [10, 20], "when": {"method": "joint"}}]
+    space = {"objective.vit.hint": hint, "method": {"grid": ["vit", "joint", "shared"]}}
+    found = [(s["method"], s.get("objective.vit.hint")) for s in planned_settings(make_sweep(tmp_path, space=space))]
+    assert found == [("vit", None), ("joint", 10), ("joint", 20), ("shared", 5)]
 
 
 def test_a_condition_may_ask_for_a_key_of_the_base(tmp_path: Path) -> None:
@@ -128,7 +136,10 @@ def test_files_extend_one_another_and_a_base_is_relative_to_its_file(tmp_path: P
     [
         ({"space": {}}, ["space is empty"]),
         ({"space": {KD: {"grid": []}}}, [KD, "grid is empty"]),
-        ({"space": {KD: {}}}, [KD, "exactly one of"]),
+        ({"space": {KD: {}}}, [f"space.{KD}=", "exactly one of"]),
+        ({"space": {KD: []}}, [KD, "empty"]),
+        ({"space": {KD: {"gird": [1]}}}, [KD, "unknown word 'gird'"]),
+        ({"space": {KD: {"uniform": ["a", 1]}}}, [f"space.{KD}.uniform", "number"]),
         ({"space": {KD: {"grid": [1], "choice": [2]}}}, [KD, "grid and choice"]),
         ({"space": {KD: {"loguniform": [0, 1]}}}, [KD, "above 0"]),
         ({"space": {KD: {"uniform": [2, 1]}}}, [KD, "above the upper end"]),

@@ -1,0 +1,207 @@
+"""Real sweeps on the digits, each started as its users start it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+
+from bootvit.__main__ import main
+from tests.tune.driver import command, document, finish, kill, mlflow_points, outcome, wait_for_events
+from tests.tune.sweeps import sweep_file
+
+KD = "objective.vit.kd"
+
+
+def test_a_small_sweep_ends_with_winners_that_met_the_test_set(tmp_path: Path) -> None:
+    """Two fractions, two weights, early stopping; sweep.json, run directories, MLflow and the second start."""
+    space = {"data.fraction": {"grid": [0.05, 0.1]}, KD: {"grid": [0.5, 2]}}
+    path = sweep_file(tmp_path, space=space, scheduler={"name": "asha", "grace_epochs": 2, "reduction": 2})
+    status, out, err = finish(command(path), timeout=400)
+    assert (status, err) == (0, ""), out
+    folder = tmp_path / "runs" / "sweep"
+    state = document(folder)
+    assert (state["status"], len(state["trials"])) == ("finished", 4)
+    assert {t["status"] for t in state["trials"]} <= {"finished", "stopped"}
+    assert set(state["best"]) == {"data.fraction=0.05 method=joint", "data.fraction=0.1 method=joint"}
+    for group, best in state["best"].items():
+        rivals = [t for t in state["trials"] if t["group"] == group and t["status"] == "finished"]
+        assert best["held_out"]["vit"]["top1"] == max(t["held_out"]["vit"]["top1"] for t in rivals)
+        assert set(best["final"]) == {"vit", "agent"}
+    winners = {best["trial"] for best in state["best"].values()}
+    for trial in state["trials"]:
+        result = json.loads((folder / trial["run"] / "result.json").read_text())
+        assert (trial["final"] is not None) == (trial["id"] in winners), "only winners meet the test set"
+        assert result["final"] == trial["final"]
+        assert result["status"] == {"finished": "finished", "stopped": "interrupted"}[trial["status"]]
+        assert trial["seconds"] > 0
+        assert trial["epochs"] == result["epochs"] <= 3
+    points = mlflow_points(tmp_path / "mlflow.db")
+    assert set(points) == {"sweep", *(f"sweep/{t['id']}" for t in state["trials"])}
+    status, _, err = finish(command(path))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "--resume" in err
+
+
+def test_a_mistake_ends_with_status_2_before_anything_starts(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(sweep_file(tmp_path, space={KD: {"grid": [1, -1]}}))
+    for arguments in (
+        [path],
+        [path, "search.algoritm=grid"],
+        [path, "space.objective.vit.kd.grid=[]"],
+        ["sweeps/nothing"],
+    ):
+        assert main(["sweep", *arguments]) == 2
+        assert capsys.readouterr().err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_prints_trials_resources_and_cost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = str(sweep_file(tmp_path, space={KD: {"grid": [1, 2]}, "method": {"grid": ["vit", "joint"]}}))
+    assert main(["sweep", path, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    for words in ("4 trials", "'method': 'vit'", "1 CPUs, 0 GPUs", "estimated cost"):
+        assert words in out
+    optuna = ["search.algorithm=optuna", "search.samples=5", "space.objective.vit.kd={uniform: [0, 1], grid: null}"]
+    assert main(["sweep", path, "--dry-run", *optuna]) == 0
+    out = capsys.readouterr().out
+    assert "10 trials" in out
+    assert "'uniform': (0.0, 1.0)" in out
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.cluster
+def test_a_gpu_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, space={KD: {"grid": [1, 2]}}, resources={"gpu": 1})
+    status, _, err = finish(command(path))
+    assert (status, err.count("\n")) == (2, 1)
+    assert "resources.gpu=1" in err
+    assert not (tmp_path / "runs" / "sweep").exists()
+
+
+@pytest.mark.cluster
+def test_a_loss_that_is_not_finite_fails_its_trial_and_no_other(tmp_path: Path) -> None:
+    """A rate of 1e30: every retry ends the same way; the sweep ends with 1 and its other trial finished."""
+    space = {"optim.lr": {"grid": [1e30, 1e-3]}}
+    status, out, err = finish(command(sweep_file(tmp_path, space=space, retries=1)))
+    assert status == 1, out + err
+    bad, good = document(tmp_path / "runs" / "sweep")["trials"]
+    assert (bad["status"], bad["crashes"], good["status"]) == ("failed", 2, "finished")
+    assert "not finite" in bad["reason"]
+    assert "\n" not in bad["reason"]
+    result = json.loads((tmp_path / "runs" / "sweep" / bad["run"] / "result.json").read_text())
+    assert (result["status"], result["reason"]) == ("failed", bad["reason"])
+
+
+@pytest.mark.cluster
+def test_a_killed_worker_is_retried_from_its_checkpoint(tmp_path: Path) -> None:
+    space = {KD: {"grid": [1, 2]}}
+    path = sweep_file(tmp_path, space=space, set={"schedule.epochs": 40}, concurrency=1)
+    folder = tmp_path / "runs" / "sweep"
+    process = command(path)
+    wait_for_events(folder, 6, process)
+    for worker in trial_workers(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    status, out, err = finish(process)
+    assert status == 0, out + err
+    first, second = document(folder)["trials"]
+    assert (first["status"], first["crashes"], second["crashes"]) == ("finished", 1, 0)
+    epochs = [e["epoch"] for e in events(folder) if e["event"] == "result" and e["id"] == first["id"]]
+    assert epochs == list(range(1, 41)), "it went on from its checkpoint: no epoch is there twice"
+
+
+def trial_workers(driver: int) -> list[int]:
+    """The actors that run trials below this process."""
+    parents, titles = {}, {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            parents[int(folder.name)] = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
+            titles[int(folder.name)] = (folder / "cmdline").read_bytes().decode()
+        except OSError:
+            continue  # it has just ended
+
+    def belongs(pid: int) -> bool:
+        while pid in parents and pid != driver:
+            pid = parents[pid]
+        return pid == driver
+
+    return [pid for pid, title in titles.items() if title.startswith("ray::TrialActor") and belongs(pid)]
+
+
+def events(folder: Path) -> list[dict[str, object]]:
+    """The sweep's log."""
+    return [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.cluster
+def test_winners_are_trained_again_with_the_held_out_images(tmp_path: Path) -> None:
+    space = {KD: {"grid": [1, 2]}}
+    path = sweep_file(tmp_path, space=space, test="retrain", seeds=[0, 1])
+    status, out, err = finish(command(path))
+    assert status == 0, out + err
+    folder = tmp_path / "runs" / "sweep"
+    (best,) = document(folder)["best"].values()
+    runs = [t for t in document(folder)["trials"] if t["id"] in best["trials"]]
+    assert [t["test_run"] for t in runs] == [f"winners/{t['id']}" for t in runs]
+    for trial in runs:
+        result = json.loads((folder / trial["test_run"] / "result.json").read_text())
+        assert result["held_out"] is None
+        assert result["final"] == trial["final"]
+        assert json.loads((folder / trial["run"] / "result.json").read_text())["final"] is None
+    assert best["final"]["vit"]["top1"] == pytest.approx(sum(t["final"]["vit"]["top1"] for t in runs) / 2)
+
+
+@pytest.mark.cluster
+def test_trials_of_two_workers_do_not_wait_for_one_another(tmp_path: Path) -> None:
+    """On two CPUs a trial of two workers fills the machine; the third and fourth wait, and nothing hangs."""
+    space = {KD: {"grid": [1, 2]}}
+    scheduler = {"name": "asha", "grace_epochs": 1, "reduction": 2}
+    path = sweep_file(tmp_path, space=space, set={"ray.num_workers": 2, "schedule.epochs": 4}, scheduler=scheduler)
+    status, out, err = finish(command(path), timeout=600)
+    assert status == 0, out + err
+    assert {t["status"] for t in document(tmp_path / "runs" / "sweep")["trials"]} <= {"finished", "stopped"}
+
+
+@pytest.mark.cluster
+def test_a_population_trains_exchanges_and_survives_a_kill(tmp_path: Path) -> None:
+    content = {
+        "space": {KD: {"loguniform": [0.1, 10]}},
+        "search": {"algorithm": "pbt", "samples": 4, "interval": 1},
+    }
+    outcomes = []
+    for name, kills in (("whole", []), ("killed", [9, 16])):
+        folder = tmp_path / name
+        folder.mkdir()
+        path = sweep_file(folder, **content)
+        for moment in kills:
+            process = command(path, "--resume")
+            wait_for_events(folder / "runs" / "sweep", moment, process)
+            kill(process)
+        status, out, err = finish(command(path, "--resume"))
+        assert status == 0, out + err
+        outcomes.append(outcome(folder / "runs" / "sweep"))
+        assert any(t.get("changes") for t in document(folder / "runs" / "sweep")["trials"])
+    assert outcomes[0] == outcomes[1]
+
+
+@pytest.mark.cluster
+def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, space={KD: {"grid": [1, 2]}}, set={"schedule.epochs": 30})
+    folder = tmp_path / "runs" / "sweep"
+    process = command(path)
+    wait_for_events(folder, 8, process)
+    process.send_signal(signal.SIGINT)
+    status, _, err = finish(process)
+    assert (status, err.strip()) == (130, "bootvit: interrupted")
+    assert document(folder)["status"] == "interrupted"
+    status, out, err = finish(command(path, "--resume"))
+    assert status == 0, out + err
