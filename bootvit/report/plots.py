@@ -64,7 +64,7 @@ def clean(axis: Any) -> None:
 
 def save(figure: Any, path: Path) -> Path:
     """Write the PNG."""
-    figure.savefig(path, format="png")
+    figure.savefig(path, format="png", bbox_inches="tight")  # a legend may be wider than its figure
     return path
 
 
