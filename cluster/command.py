@@ -95,7 +95,8 @@ def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
 
 
 def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
-    from tune.schema import SweepFile, load_sweep
+    from tune.load import load_sweep
+    from tune.schema import SweepFile
     from tune.space import check_space
 
     own = [text for text in overrides if parse_override(text)[0].split(".")[0] in SweepFile.model_fields]
