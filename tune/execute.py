@@ -194,7 +194,7 @@ class Referee(Unsaved, FIFOScheduler):  # type: ignore[misc]
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A trial has failed, or its worker has died."""
         with self._errors.noted():
-            reason = reason_of(trial.get_pickled_error(), trial.get_error())
+            reason = reason_of(trial.pickled_error_file)
             self._work.conductor(trial).crashed(trial.config["id"], reason)
 
 
@@ -209,11 +209,15 @@ class Clock(Unsaved, tune.Callback):  # type: ignore[misc]
         self._work.conductor(trial).began(trial.config["id"])
 
 
-def reason_of(*errors: Exception | None) -> str:
-    """One line for what ended an attempt."""
+def reason_of(pickled: str | None) -> str:
+    """One line for what ended an attempt: the error that Tune has pickled."""
+    from ray import cloudpickle
     from ray.exceptions import RayActorError, RayTaskError
 
-    error = next((err for err in errors if err is not None), None)
+    if pickled is None:
+        return "its worker could not be started"
+    with open(pickled, "rb") as file:
+        error = cloudpickle.load(file)
     if isinstance(error, RayActorError):
         return "its worker died: killed, or out of memory"
     if isinstance(error, RayTaskError):

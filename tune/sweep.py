@@ -104,6 +104,7 @@ class Driver:
             interrupted = isinstance(err, KeyboardInterrupt)
             document = self._write("interrupted" if interrupted else "failed", one_line(err))
             self._finish("KILLED" if interrupted else "FAILED", document, [])
+            print(f"{self._sweep.folder}: the same command with --resume goes on", file=sys.stderr)
             raise
         document = self._write("finished", self._untested)
         files = self._report()

@@ -134,7 +134,7 @@ def trial_workers(driver: int) -> list[int]:
             pid = parents[pid]
         return pid == driver
 
-    return [pid for pid, title in titles.items() if title.startswith("ray::TrialActor") and belongs(pid)]
+    return [pid for pid, title in titles.items() if title.startswith("ray::ResourceTrainable") and belongs(pid)]
 
 
 def events(folder: Path) -> list[dict[str, object]]:
@@ -201,7 +201,7 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
     wait_for_events(folder, 8, process)
     process.send_signal(signal.SIGINT)
     status, _, err = finish(process)
-    assert (status, err.strip()) == (130, "bootvit: interrupted")
+    assert (status, "--resume" in err, "Traceback" in err) == (130, True, False)
     assert document(folder)["status"] == "interrupted"
     status, out, err = finish(command(path, "--resume"))
     assert status == 0, out + err
