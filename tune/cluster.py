@@ -29,6 +29,8 @@ def check_resources(sweep: Sweep) -> None:
         raise UserError(
             f"{sweep.path}: resources.gpu={gpu:g}: a trial with one worker uses one GPU; set ray.num_workers"
         )
+    if workers > 1 and sweep.file.algorithm == "pbt":  # they would run ahead of the others while these decide
+        raise UserError(f"{sweep.path}: search.algorithm=pbt with ray.num_workers={workers}: set ray.num_workers=1")
     if sweep.base.ray.use_gpu and gpu == 0:
         raise UserError(f"{sweep.path}: ray.use_gpu=true in the base, but resources.gpu=0: say how much of a GPU")
 

@@ -67,20 +67,24 @@ class Shipper:
         followed: dict[str, Trial] = {}
         while True:
             last = self._stop.wait(EVERY)
-            while not self._trials.empty():
-                over, trial = self._trials.get()
-                if over:
-                    followed.pop(trial.spec.id, None)
-                    self._finish(trial)
-                else:
-                    followed[trial.spec.id] = trial
-            for trial in followed.values():
-                self._sync(trial)
             document, self._document = self._document, None
             if document is not None:
                 self._parent.update(document)
+            if self._parent.run_id is not None:  # else MLflow is down, and said so once; `--resume` ships the rest
+                self._ship(followed)
             if last:
                 return
+
+    def _ship(self, followed: dict[str, Trial]) -> None:
+        while not self._trials.empty():
+            over, trial = self._trials.get()
+            if over:
+                followed.pop(trial.spec.id, None)
+                self._finish(trial)
+            else:
+                followed[trial.spec.id] = trial
+        for trial in followed.values():
+            self._sync(trial)
 
     def _sync(self, trial: Trial) -> None:
         config = self._make_config(trial)

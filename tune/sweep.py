@@ -51,15 +51,17 @@ def run_sweep(
         return 0
     if importlib_missing("optuna") and sweep.file.algorithm == "optuna":
         raise UserError("Optuna is not installed: pip install 'bootvit[ray]'")
+    epochs = max(config.schedule.epochs for config in configs)
     state = check_folder(sweep, resume=resume, overwrite=overwrite)
     if state == "finished":
         print(f"{sweep.folder} is finished; nothing to do")
+        Driver(sweep, epochs).catch_up()
         return exit_status(checkpoint.read_json(sweep.folder / "sweep.json"))
     start_ray(sweep)
     try:
         at_once = check_room(sweep)
         claim_folder(sweep, state)
-        return exit_status(Driver(sweep, max(config.schedule.epochs for config in configs)).run(at_once))
+        return exit_status(Driver(sweep, epochs).run(at_once))
     finally:
         stop_ray()
 
@@ -111,6 +113,17 @@ class Driver:
         self._finish("FAILED" if exit_status(document) else "FINISHED", document, files)
         self._print_summary(document)
         return document
+
+    def catch_up(self) -> None:
+        """Send to MLflow what a server that was down has missed of a finished sweep."""
+        document = checkpoint.read_json(self._sweep.folder / "sweep.json")
+        places = [self._sweep.folder, *(self._sweep.folder / trial["run"] for trial in document["trials"])]
+        if self._parent is None or all(is_shipped(place) for place in places if place.exists()):
+            return
+        self._shipper = self._ship("trial", self.config)
+        self._settle_old()
+        files = sorted((self._sweep.folder / "report").glob("*"))
+        self._finish("FAILED" if exit_status(document) else "FINISHED", document, files)
 
     # ------------------------------------------------------------------------------------------- the trials
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_sweeps import Clock, make_conductor, make_sweep, run
 
 from bootvit.errors import RunFailed
-from tests.tune.sweeps import Clock, make_conductor, make_sweep
 from tune.conductor import Conductor
 from tune.log import Log, Trial
 from tune.record import winners
@@ -19,21 +19,6 @@ TWO_GROUPS: dict[str, Any] = {
     "space": {"data.fraction": {"grid": [0.05, 0.5]}, KD: {"grid": [1, 2, 3, 4]}},
     "scheduler": {"name": "asha", "grace_epochs": 1, "reduction": 2},
 }
-
-
-def run(conductor: Conductor, value_of: Any, epochs: int = 3, at_once: int = 1) -> None:
-    """Run everything, epoch by epoch, `at_once` trials in turn; `value_of(trial, epoch)` is the metric."""
-    running: list[Trial] = []
-    while True:
-        while len(running) < at_once and (trial := conductor.next()):
-            conductor.began(trial.spec.id)
-            running.append(trial)
-        if not running:
-            return
-        trial = running.pop(0)
-        epoch = trial.epochs + 1
-        if not conductor.result(trial.spec.id, epoch, value_of(trial, epoch), done=epoch == epochs):
-            running.append(trial)
 
 
 def statuses(conductor: Conductor) -> dict[str, str]:

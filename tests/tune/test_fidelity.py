@@ -7,9 +7,8 @@ import random
 from pathlib import Path
 
 import pytest
+from tiny_sweeps import make_conductor, make_sweep, run
 
-from tests.tune.sweeps import make_conductor, make_sweep
-from tests.tune.test_conductor import run
 from tune.fidelity import Point, curves, describe, fit
 
 

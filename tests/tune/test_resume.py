@@ -7,9 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
-
-from tests.tune.driver import command, document, finish, journal, kill, mlflow_points, outcome, wait_for_events
-from tests.tune.sweeps import sweep_file
+from sweep_driver import command, document, finish, journal, kill, mlflow_points, outcome, wait_for_events
+from tiny_sweeps import sweep_file
 
 SPACE = {
     "data.fraction": {"grid": [0.05, 0.1]},

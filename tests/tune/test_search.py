@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_sweeps import make_conductor, make_sweep, run
 
 from bootvit import checkpoint
 from bootvit.config import load_config
 from bootvit.runs import RunFolder, claim
-from tests.tune.sweeps import make_conductor, make_sweep
-from tests.tune.test_conductor import run
 from tune.log import Trial
 from tune.pbt import copy_member, mutate
 from tune.schema import Sweep

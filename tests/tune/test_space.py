@@ -4,10 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_sweeps import make_sweep, sweep_file
 
 from bootvit.config import SHIPPED
 from bootvit.errors import UserError
-from tests.tune.sweeps import make_sweep, sweep_file
 from tune.cluster import check_resources, room
 from tune.load import load_sweep
 from tune.schema import get

@@ -8,10 +8,10 @@ import signal
 from pathlib import Path
 
 import pytest
+from sweep_driver import command, document, finish, kill, mlflow_points, outcome, wait_for_events
+from tiny_sweeps import sweep_file
 
 from bootvit.__main__ import main
-from tests.tune.driver import command, document, finish, kill, mlflow_points, outcome, wait_for_events
-from tests.tune.sweeps import sweep_file
 
 KD = "objective.vit.kd"
 
@@ -205,3 +205,15 @@ def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
     assert document(folder)["status"] == "interrupted"
     status, out, err = finish(command(path, "--resume"))
     assert status == 0, out + err
+
+
+@pytest.mark.cluster
+def test_a_server_that_was_down_gets_the_finished_sweep_later(tmp_path: Path) -> None:
+    path = sweep_file(tmp_path, space={KD: {"grid": [1, 2]}})
+    status, out, err = finish(command(path, "tracking.uri=http://127.0.0.1:9"))
+    assert (status, err.count("warning")) == (0, 1), out + err
+    status, out, err = finish(command(path, "--resume"))
+    assert (status, err) == (0, ""), out
+    points = mlflow_points(tmp_path / "mlflow.db")
+    assert len(points) == 3
+    assert all(found for found in points.values())

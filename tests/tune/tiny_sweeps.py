@@ -9,7 +9,7 @@ from tune.budget import Budget
 from tune.conductor import Conductor
 from tune.groups import Stopper
 from tune.load import load_sweep
-from tune.log import Log
+from tune.log import Log, Trial
 from tune.schema import Sweep
 from tune.search import make_source
 
@@ -55,3 +55,18 @@ def make_conductor(sweep: Sweep, clock: Clock | None = None, epochs: int = 9, **
     log = Log(sweep.folder / "events.jsonl")
     budget = Budget(sweep.file.budget, sweep.file.resources.gpu)
     return Conductor(sweep, log, make_source(sweep), Stopper(sweep, epochs), budget, clock=clock or Clock(), **hooks)
+
+
+def run(conductor: Conductor, value_of: Any, epochs: int = 3, at_once: int = 1) -> None:
+    """Run everything, epoch by epoch, `at_once` trials in turn; `value_of(trial, epoch)` is the metric."""
+    running: list[Trial] = []
+    while True:
+        while len(running) < at_once and (trial := conductor.next()):
+            conductor.began(trial.spec.id)
+            running.append(trial)
+        if not running:
+            return
+        trial = running.pop(0)
+        epoch = trial.epochs + 1
+        if not conductor.result(trial.spec.id, epoch, value_of(trial, epoch), done=epoch == epochs):
+            running.append(trial)
