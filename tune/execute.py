@@ -6,7 +6,6 @@ Tune's interfaces and nothing more, so Ray is imported at the top; import this m
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -20,6 +19,7 @@ from ray import tune
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 from ray.tune.search.searcher import Searcher
 
+from bootvit import checkpoint
 from bootvit.config import Config, validate
 from tune.conductor import Conductor
 from tune.log import Trial
@@ -75,7 +75,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
     def step(self) -> dict[str, Any]:
         """One epoch."""
         if self._run is None:
-            self._run = attempt(Job(**json.loads(self._job["job"])))
+            self._run = attempt(Job(**checkpoint.read_json(Path(self._job["job"]))))
         report = next(self._run)
         return {"epoch": report.epoch, "value": report.metrics.get(self._job["metric"]), "done": report.done}
 
@@ -137,9 +137,9 @@ class Unsaved:
 class Feed(Unsaved, Searcher):  # type: ignore[misc]
     """Gives the conductor's trials to Tune."""
 
-    def __init__(self, work: Work, slots: Slots, metric: str, errors: Errors) -> None:
+    def __init__(self, work: Work, slots: Slots, metric: str, errors: Errors, jobs: Path) -> None:
         super().__init__()
-        self._work, self._slots, self._selection, self._errors = work, slots, metric, errors
+        self._work, self._slots, self._selection, self._errors, self._jobs = work, slots, metric, errors, jobs
 
     def suggest(self, trial_id: str) -> Any:
         """A trial's job; None to wait, FINISHED when nothing runs and nothing is left."""
@@ -158,7 +158,9 @@ class Feed(Unsaved, Searcher):  # type: ignore[misc]
         job = make_job(trial)
         metric = metric_of(validate(Config, job.config, "trial"), self._selection)
         stage = len(self._work.begun) - 1
-        return {"id": trial.spec.id, "stage": stage, "job": json.dumps(job._asdict()), "metric": metric}
+        path = self._jobs / f"{stage}-{trial.spec.id}.json"  # Tune keeps a trial's config several times over
+        checkpoint.write_json(path, job._asdict())
+        return {"id": trial.spec.id, "stage": stage, "job": str(path), "metric": metric}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """The conductor knows it from the scheduler."""
@@ -246,7 +248,7 @@ def execute(stages: Iterator[Stage], slots: Slots, metric: str, folder: Path) ->
         tuner = tune.Tuner(
             tune.with_resources(TrialActor, tune.PlacementGroupFactory([slots.resources])),
             tune_config=tune.TuneConfig(
-                search_alg=Feed(work, slots, metric, errors),
+                search_alg=Feed(work, slots, metric, errors, Path(storage)),
                 scheduler=Referee(work, errors),
                 num_samples=-1,
                 reuse_actors=True,
