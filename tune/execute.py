@@ -106,8 +106,8 @@ def release_memory() -> None:
 
     import torch
 
-    gc.collect()
     if torch.cuda.is_available():
+        gc.collect()
         torch.cuda.empty_cache()
 
 
