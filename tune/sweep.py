@@ -28,7 +28,7 @@ from tune.record import Document, Recorder, winners, write
 from tune.schema import BudgetConfig, Sweep
 from tune.search import make_source
 from tune.ship import Shipper, is_shipped
-from tune.space import check_space, trial_config
+from tune.space import check_space, metric_of, trial_config
 from tune.trial import Job
 from tune.winners import Chosen, plain, test_config
 
@@ -153,7 +153,8 @@ class Driver:
         self._settle(trial)
         self._write("running")
         over = sum(t.status in ENDED for t in self._conductor.trials.values())
-        value = "" if trial.value is None else f"  {self._sweep.file.select.metric} {trial.value:.2f}"
+        metric = metric_of(self.config(trial), self._sweep.file.select.metric)
+        value = "" if trial.value is None else f"  {metric} {trial.value:.2f}"
         reason = f"  {trial.reason}" if trial.reason else ""
         total = len(self._conductor.trials)
         print(
