@@ -122,6 +122,8 @@ class Driver:
             return
         self._shipper = self._ship("trial", self.config)
         self._settle_old()
+        self._close_shipper()
+        self._make_tests()
         files = sorted((self._sweep.folder / "report").glob("*"))
         self._finish("FAILED" if exit_status(document) else "FINISHED", document, files)
 
@@ -144,6 +146,7 @@ class Driver:
         def stages() -> Iterator[Stage]:
             yield Stage(self._conductor, self._job)
             self._close_shipper()  # nothing may write to a winner's run any more
+            print("testing the winners", flush=True)
             yield Stage(self._make_tests(), self._test_job)
 
         slots = Slots(at_once, actor_resources(self._sweep))
@@ -201,7 +204,8 @@ class Driver:
         )
         for trial in tests.trials.values():
             self._note_test(trial)
-        print(f"testing {len(specs)} runs of {len(found)} winners", flush=True)
+            if self._shipper is not None and trial.status == "finished":
+                self._shipper.ended(trial)  # a killed driver may not have come to that; twice does no harm
         return tests
 
     def _test_config(self, trial: Trial) -> Config:

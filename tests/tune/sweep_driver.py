@@ -46,12 +46,14 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate()
 
 
-def wait_for_events(folder: Path, count: int, process: subprocess.Popen[str], timeout: float = 600) -> None:
+def wait_for_events(
+    folder: Path, count: int, process: subprocess.Popen[str], log: str = "events.jsonl", timeout: float = 600
+) -> None:
     """Until the sweep's log has so many events, or the driver has ended."""
-    log = folder / "events.jsonl"
+    path = folder / log
     end = time.monotonic() + timeout
     while process.poll() is None and time.monotonic() < end:
-        if log.exists() and log.read_text().count("\n") >= count:
+        if path.exists() and path.read_text().count("\n") >= count:
             return
         time.sleep(0.02)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -217,3 +218,26 @@ def test_a_server_that_was_down_gets_the_finished_sweep_later(tmp_path: Path) ->
     points = mlflow_points(tmp_path / "mlflow.db")
     assert len(points) == 3
     assert all(found for found in points.values())
+
+
+@pytest.mark.cluster
+@pytest.mark.parametrize("test", ["trial", "retrain"])
+def test_a_kill_while_the_winners_are_tested(tmp_path: Path, test: str) -> None:
+    path = sweep_file(tmp_path, space={KD: {"grid": [1, 2]}, "method": {"grid": ["vit", "joint"]}}, test=test)
+    folder = tmp_path / "runs" / "sweep"
+    process = command(path)
+    wait_for_events(folder, 4, process, log="test-events.jsonl")
+    kill(process)
+    status, out, err = finish(command(path, "--resume"))
+    assert status == 0, out + err
+    state = document(folder)
+    winners = {best["trial"] for best in state["best"].values()}
+    assert all((t["final"] is not None) == (t["id"] in winners) for t in state["trials"])
+    finals = [run for run, points in mlflow_points(tmp_path / "mlflow.db").items() if has_test(points)]
+    ending = " retrained winner" if test == "retrain" else ""
+    assert set(finals) == {f"sweep/{name}{ending}" for name in winners}
+
+
+def has_test(points: list[tuple[str, int, float]]) -> bool:
+    """Whether a run in MLflow says how it did on the test set."""
+    return any(re.fullmatch(r"final/(vit|agent)/top1", key) for key, _, _ in points)
