@@ -31,6 +31,14 @@ def _print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=2))
 
 
+def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        _print_json(facts)
+        return
+    for key, value in facts.items():
+        typer.echo(f"{key}: {value}")
+
+
 @app.command()
 def train(
     config: ConfigName,
@@ -127,12 +135,7 @@ def data_info(config: ConfigName, overrides: Overrides = None, as_json: Json = F
     from bootvit.config import load_config
     from bootvit.data.info import describe
 
-    facts = describe(load_config(config, overrides or []).data)
-    if as_json:
-        _print_json(facts)
-        return
-    for key, value in facts.items():
-        typer.echo(f"{key}: {value}")
+    _print_facts(describe(load_config(config, overrides or []).data), as_json)
 
 
 @data_app.command("pack")
@@ -146,12 +149,7 @@ def data_pack(
     from bootvit.config import load_config
     from bootvit.data.pack import pack
 
-    written = pack(load_config(config, overrides or []).data, out)
-    if as_json:
-        _print_json(written)
-        return
-    for key, value in written.items():
-        typer.echo(f"{key}: {value}")
+    _print_facts(pack(load_config(config, overrides or []).data, out), as_json)
 
 
 @data_app.command("fraction")
@@ -170,12 +168,7 @@ def data_fraction(
         for key in fraction_keys(data):
             typer.echo(key)
         return
-    facts = fraction_report(data)
-    if as_json:
-        _print_json(facts)
-        return
-    for key, value in facts.items():
-        typer.echo(f"{key}: {value}")
+    _print_facts(fraction_report(data), as_json)
 
 
 @app.command()
