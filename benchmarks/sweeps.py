@@ -89,7 +89,7 @@ def look(driver: int, folder: Path) -> Sample | None:
         workers = [
             memory_and_files(pid)
             for pid in children(driver)
-            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::ResourceTrainable")
+            if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::TrialActor")
         ]
         own = memory_and_files(driver)
         log = (folder / "runs" / "many" / "events.jsonl").read_text()
@@ -146,10 +146,16 @@ def quarter_means(samples: list[Sample], trials: int) -> list[dict[str, float]]:
     return out
 
 
+def slope_kib(early: dict[str, float], late: dict[str, float], name: str) -> float:
+    """Growth of a memory figure, in KiB for each trial that ended between the two quarters."""
+    return round(1024 * (late[name] - early[name]) / (late["ended"] - early["ended"]), 1)
+
+
 def measure(trials: int, at_once: int) -> dict[str, Any]:
     """Everything, as the result file has it."""
     with tempfile.TemporaryDirectory() as name:
         seconds, samples = run(Path(name), trials, at_once)
+        quarters = quarter_means(samples, trials)
         return {
             "what": f"{trials} tiny trials, {at_once} at a time (digits 10%, joint, 2 epochs), MLflow in SQLite",
             "command": f"python -m benchmarks.sweeps --trials {trials} --at-once {at_once}",
@@ -160,7 +166,10 @@ def measure(trials: int, at_once: int) -> dict[str, Any]:
             "seeds": {"search": 0, "trials": 0},
             "seconds": round(seconds, 1),
             "per_trial_median": per_trial(Path(name)),
-            "private_memory_and_open_files_by_quarter": quarter_means(samples, trials),
+            "private_memory_and_open_files_by_quarter": quarters,
+            "kib_per_trial_from_second_quarter_to_last": {
+                name: slope_kib(quarters[1], quarters[-1], name) for name in ("driver_mib", "workers_mib")
+            },
         }
 
 

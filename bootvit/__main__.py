@@ -8,6 +8,8 @@ from collections.abc import Sequence
 os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
+INTERRUPTED = 130
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Status 0 success, 2 the user's mistake (one line on stderr), 1 anything else, 130 interrupted."""
@@ -22,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     raise_on_sigterm()
     try:
         status = app(args=list(sys.argv[1:] if argv is None else argv), standalone_mode=False, prog_name="bootvit")
+        if status == INTERRUPTED:  # typer returns this for the KeyboardInterrupt that it has caught
+            raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except parser_error as err:
         text = str(err.format_message())  # type: ignore[attr-defined]
@@ -36,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (KeyboardInterrupt, typer.Abort):
         print("bootvit: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ The loop writes the run directory and nothing else; the driver follows its journ
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -74,6 +75,8 @@ def finish(
         folder.write_result(result)
         if tracked is not None:
             tracked.finish("KILLED" if status == "interrupted" else "FAILED", result)
+        if status == "interrupted":
+            print(f"{folder.path}: the same command with --resume goes on", file=sys.stderr)
         raise
     folder.write_result(result)
     if tracked is not None:
@@ -158,23 +161,41 @@ def pick_device(use_gpu: bool | None) -> torch.device:
 # ------------------------------------------------------------------------------------------ under Ray Train
 
 
-def start_ray(config: Config) -> None:
-    """Connect to RAY_ADDRESS's cluster, or start one here with as many CPUs as the workers ask for."""
-    if importlib_missing("ray"):
-        raise UserError("Ray is not installed: pip install 'bootvit[ray]', or train with --local")
+def raise_on_sigterm() -> None:
+    """A polite kill ends a run like Ctrl-C: recorded as interrupted."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+
+
+def connect_ray(cpus: float) -> None:
+    """Connect to RAY_ADDRESS's cluster, or start a Ray here that has at least this many CPUs."""
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() takes about this long
     import logging
 
     import ray
 
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if ray.is_initialized():
+        return
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
+        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), include_dashboard=False, **quiet)
+    raise_on_sigterm()  # Ray has put its own handler there
+
+
+def start_ray(config: Config) -> None:
+    """A Ray on which the run's workers fit; `UserError` if they do not, or if it is not installed."""
+    if importlib_missing("ray"):
+        raise UserError("Ray is not installed: pip install 'bootvit[ray]', or train with --local")
+    import ray
+
     wanted = config.ray.num_workers * config.ray.cpus_per_worker
-    if not ray.is_initialized():
-        quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if os.environ.get("RAY_ADDRESS"):
-            ray.init(**quiet)
-        else:
-            cpus = max(os.cpu_count() or 1, int(-(-wanted // 1)))
-            ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    connect_ray(wanted)
     there = ray.cluster_resources()
     if there.get("CPU", 0) < wanted:
         raise UserError(
@@ -230,6 +251,8 @@ def on_workers(
         return trainer.fit().return_value
     except TrainingFailedError as err:
         raise original_error(err) from err
+    except SystemExit as err:  # Ray Train's answer to Ctrl-C, when it has stopped the workers
+        raise KeyboardInterrupt from err
     finally:
         clear_ray_storage(config)
 
@@ -288,12 +311,3 @@ def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
         key, value = parse_override(text)
         data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
     return make_config(data, config.name, origins)
-
-
-def raise_on_sigterm() -> None:
-    """A polite kill ends a run like Ctrl-C: recorded as interrupted."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)

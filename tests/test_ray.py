@@ -1,6 +1,10 @@
 """The loop under Ray Train: the command line on real workers, in one Ray for the whole file."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -60,3 +64,29 @@ def test_a_failure_on_the_workers_is_one_line(here: Path, capsys: pytest.Capture
     assert json.loads((here / "runs" / "bad" / "result.json").read_text())["status"] == "failed"
     assert main(["train", "tiny.yaml", "name=greedy", "ray.num_workers=2", "ray.cpus_per_worker=4000"]) == 2
     assert "the cluster has" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("local", [True, False], ids=["local", "ray"])
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_polite_kill_leaves_a_run_that_goes_on(
+    sent: signal.Signals, local: bool, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [f"name={sent.name}-{local}", "schedule.epochs=150", *(["--local"] if local else [])]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "bootvit", "train", "tiny.yaml", *arguments],
+        cwd=here,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    run = here / "runs" / f"{sent.name}-{local}"
+    while process.poll() is None and checkpoint.newest(run / "checkpoints") is None:
+        time.sleep(0.05)
+    process.send_signal(sent)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130, err
+    assert err.splitlines() == [f"{run}: the same command with --resume goes on", "bootvit: interrupted"]
+    result = json.loads((run / "result.json").read_text())
+    assert result["status"] == "interrupted"
+    assert 0 < result["epochs"] < 150
+    assert main(["train", "tiny.yaml", *arguments, *([] if local else ["--local"]), "--resume"]) == 0

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
-import math
 import os
-from typing import Any
 
 from bootvit.errors import UserError
-from bootvit.train import importlib_missing
+from bootvit.train import connect_ray, importlib_missing
 from tune.schema import Sweep
 
 
@@ -39,19 +36,9 @@ def start_ray(sweep: Sweep) -> None:
     """Connect to RAY_ADDRESS's cluster, or start one here with as many CPUs as the trials ask for."""
     if importlib_missing("ray"):
         raise UserError("Ray is not installed: pip install 'bootvit[ray]'")
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
-    import ray
-
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if ray.is_initialized():
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
-        return
     count = sweep.file.concurrency if isinstance(sweep.file.concurrency, int) else 1
-    cpus = max(os.cpu_count() or 1, math.ceil(count * trial_cpus(sweep)))
-    ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    connect_ray(count * trial_cpus(sweep))
 
 
 def room(sweep: Sweep, nodes: list[dict[str, float]]) -> int:

@@ -67,6 +67,11 @@ class Slots(NamedTuple):
 class TrialActor(tune.Trainable):  # type: ignore[misc]
     """An actor that runs one trial after another, an epoch a step."""
 
+    @classmethod
+    def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
+        """What one actor takes; `tune.with_resources` would make another class of this one for every trial."""
+        return tune.PlacementGroupFactory([config["resources"]])
+
     def setup(self, config: dict[str, Any]) -> None:
         """Only take note: an error here would have no trial to belong to."""
         self._job = config
@@ -91,13 +96,6 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
             self._run.close()
             self._run = None
             release_memory()
-
-    def save_checkpoint(self, checkpoint_dir: str) -> dict[str, Any]:
-        """Nothing: the run directory has the checkpoints."""
-        return {}
-
-    def load_checkpoint(self, checkpoint: Any) -> None:
-        """Nothing: an attempt finds the newest checkpoint itself."""
 
 
 def release_memory() -> None:
@@ -160,7 +158,8 @@ class Feed(Unsaved, Searcher):  # type: ignore[misc]
         stage = len(self._work.begun) - 1
         path = self._jobs / f"{stage}-{trial.spec.id}.json"  # Tune keeps a trial's config several times over
         checkpoint.write_json(path, job._asdict())
-        return {"id": trial.spec.id, "stage": stage, "job": str(path), "metric": metric}
+        resources = self._slots.resources
+        return {"id": trial.spec.id, "stage": stage, "job": str(path), "metric": metric, "resources": resources}
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """The conductor knows it from the scheduler."""
@@ -200,11 +199,26 @@ class Referee(Unsaved, FIFOScheduler):  # type: ignore[misc]
             self._work.conductor(trial).crashed(trial.config["id"], reason)
 
 
+KEPT = {"epoch", "value", "done", "training_iteration", "trial_id", "node_ip", "pid"}
+
+
 class Clock(Unsaved, tune.Callback):  # type: ignore[misc]
-    """Tells the conductor when a trial has its resources."""
+    """Tells the conductor when a trial has its resources, and keeps Tune from growing: it never drops a trial."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Leave of a result what is read of it; Tune computes eight figures for each number in it."""
+        for key in result.keys() - KEPT:
+            del result[key]
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Nobody asks Tune for an ended trial's figures."""
+        trial.metric_analysis.clear()
+        trial.metric_n_steps.clear()
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The actor is there."""
@@ -246,7 +260,7 @@ def execute(stages: Iterator[Stage], slots: Slots, metric: str, folder: Path) ->
             logging.getLogger(name).setLevel(logging.CRITICAL)
         work, errors = Work(stages), Errors()
         tuner = tune.Tuner(
-            tune.with_resources(TrialActor, tune.PlacementGroupFactory([slots.resources])),
+            TrialActor,
             tune_config=tune.TuneConfig(
                 search_alg=Feed(work, slots, metric, errors, Path(storage)),
                 scheduler=Referee(work, errors),
@@ -259,6 +273,7 @@ def execute(stages: Iterator[Stage], slots: Slots, metric: str, folder: Path) ->
                 verbose=0,
                 callbacks=[Clock(work)],
                 failure_config=tune.FailureConfig(max_failures=0),
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
             ),
         )
         try:

@@ -135,7 +135,7 @@ def trial_workers(driver: int) -> list[int]:
             pid = parents[pid]
         return pid == driver
 
-    return [pid for pid, title in titles.items() if title.startswith("ray::ResourceTrainable") and belongs(pid)]
+    return [pid for pid, title in titles.items() if title.startswith("ray::TrialActor") and belongs(pid)]
 
 
 def events(folder: Path) -> list[dict[str, object]]:
@@ -195,12 +195,13 @@ def test_a_population_trains_exchanges_and_survives_a_kill(tmp_path: Path) -> No
 
 
 @pytest.mark.cluster
-def test_ctrl_c_leaves_a_sweep_that_goes_on(tmp_path: Path) -> None:
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_or_a_polite_kill_leaves_a_sweep_that_goes_on(sent: signal.Signals, tmp_path: Path) -> None:
     path = sweep_file(tmp_path, space={KD: {"grid": [1, 2]}}, set={"schedule.epochs": 30})
     folder = tmp_path / "runs" / "sweep"
     process = command(path)
     wait_for_events(folder, 8, process)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     status, _, err = finish(process)
     assert (status, "--resume" in err, "Traceback" in err) == (130, True, False)
     assert document(folder)["status"] == "interrupted"
