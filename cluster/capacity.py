@@ -12,14 +12,14 @@ Node = Mapping[str, float]  # resource -> the node's total of it
 
 
 def known_nodes(status: Mapping[str, Any]) -> list[Node] | None:
-    """The nodes in an answer of `/api/cluster_status`; None where an autoscaler may add others.
+    """The nodes in an answer of `/api/cluster_status`; None where others may come: an autoscaler's, or a new head's.
 
     Ray names the type of a node that was started by hand `node_<its id>`; an autoscaler names its own types.
     """
     cluster = (status.get("data") or {}).get("clusterStatus") or {}
     types = (cluster.get("autoscalerReport") or {}).get("nodeTypeMapping") or {}
     usage = (cluster.get("loadMetricsReport") or {}).get("usageByNode")
-    if usage is None or any(kind != f"node_{node}" for node, kind in types.items()):
+    if not usage or any(kind != f"node_{node}" for node, kind in types.items()):
         return None
     return [{name: total for name, (_, total) in node.items()} for node in usage.values()]
 

@@ -150,3 +150,5 @@ def test_a_cluster_that_may_grow_is_not_counted() -> None:
     assert known_nodes({"data": {"clusterStatus": by_hand}}) == [{"CPU": 2.0}]
     assert known_nodes({"data": {"clusterStatus": growing}}) is None
     assert known_nodes({"data": {"clusterStatus": None}}) is None
+    starting = {"autoscalerReport": {"nodeTypeMapping": {}}, "loadMetricsReport": {"usageByNode": {}}}
+    assert known_nodes({"data": {"clusterStatus": starting}}) is None, "a head that has only just come up"

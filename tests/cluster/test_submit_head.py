@@ -34,7 +34,7 @@ def wait_for(process: subprocess.Popen[str], line: str) -> None:
 
 def test_success_is_zero_and_only_the_jobs_own_log_is_shown(head: Head) -> None:
     status, out, err = head.run_job("ok", 'cat note.txt && echo "it\'s done"')
-    assert (status, out) == (0, "here\nit's done\n")
+    assert (status, out) == (0, "here\nit's done\n"), err
     assert only_line(err) == f"bootvit: submitted ok to {head.url}\n"
     assert head.token.read_text() not in out + err
 
