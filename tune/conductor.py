@@ -79,7 +79,8 @@ class Conductor:
         if spent is None and (event := self._source.more(self.trials)):
             self._record(event)
             return self.next()
-        self.budget_note = spent
+        unstarted = any(trial.status == "waiting" and not trial.started for trial in self.trials.values())
+        self.budget_note = spent if unstarted or self._source.left(self.trials) else None
         return None
 
     def began(self, name: str) -> None:

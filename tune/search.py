@@ -33,6 +33,9 @@ class Source(Protocol):
     def more(self, trials: Trials) -> Event | None:
         """An event that creates trials (perhaps none), or None if there is nothing to create now."""
 
+    def left(self, trials: Trials) -> bool:
+        """Whether `more` would create trials now."""
+
     def replay(self, event: Event) -> None:
         """Such an event, read from the log."""
 
@@ -65,6 +68,10 @@ class Plan:
         """All trials, once."""
         return None if trials else new_event(self._sweep, planned_settings(self._sweep), trials)
 
+    def left(self, trials: Trials) -> bool:
+        """Everything is made at once."""
+        return not trials
+
     def replay(self, event: Event) -> None:
         """Nothing to remember."""
 
@@ -96,6 +103,10 @@ class Rungs:
             if chosen:
                 return new_event(self._sweep, chosen, trials)
         return None
+
+    def left(self, trials: Trials) -> bool:
+        """Whether a rung is due."""
+        return self.more(trials) is not None
 
     def promoted(self, members: Sequence[Trial]) -> list[Setting]:
         """The settings that a group's last rung sends to the next fraction; none while it is not complete."""
@@ -138,12 +149,16 @@ class Suggestions:
 
     def more(self, trials: Trials) -> Event | None:
         """The next suggestion of the study that was asked least."""
-        number = min(range(len(self._cells)), key=lambda n: self._asked[n])
-        if self._asked[number] >= self._sweep.file.search.samples:
+        if not self.left(trials):
             return None
+        number = min(range(len(self._cells)), key=lambda n: self._asked[n])
         setting, new = self._ask(number)
         seeds = self._cells[number][1]
         return new_event(self._sweep, [setting] if new else [], trials, seeds, study=number, setting=setting)
+
+    def left(self, trials: Trials) -> bool:
+        """Whether a study has not been asked for all its samples."""
+        return min(self._asked) < self._sweep.file.search.samples
 
     def replay(self, event: Event) -> None:
         """Ask again what was asked: the sampler's state is what its questions and answers make it."""

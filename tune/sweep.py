@@ -18,7 +18,7 @@ from tune.budget import Budget
 from tune.cluster import actor_resources, check_resources, check_room, start_ray, trial_cpus
 from tune.conductor import Conductor
 from tune.data import check_data, fingerprints
-from tune.estimate import describe_plan
+from tune.estimate import count_trials, describe_plan
 from tune.folder import check_folder, claim_folder
 from tune.groups import Stopper
 from tune.load import load_sweep
@@ -80,6 +80,7 @@ class Driver:
         self._cpus, self._gpus = trial_cpus(sweep), sweep.file.resources.gpu
         self._recorder = Recorder(sweep, self._cpus, self._gpus)
         self._commit = git_commit()
+        self._planned = None if sweep.file.fidelity else count_trials(sweep)  # rungs take what turns out best
         self._parent = self._connect()
         self._shipper: Shipper | None = None
         self._untested: str | None = None  # why a winner did not meet the test set
@@ -159,7 +160,7 @@ class Driver:
         metric = metric_of(self.config(trial), self._sweep.file.select.metric)
         value = "" if trial.value is None else f"  {metric} {trial.value:.2f}"
         reason = f"  {trial.reason}" if trial.reason else ""
-        total = len(self._conductor.trials)
+        total = self._planned or len(self._conductor.trials)
         print(
             f"[{over}/{total}] {trial.spec.id}  {trial.status} after {trial.epochs} epochs{value}{reason}", flush=True
         )

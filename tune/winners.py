@@ -22,6 +22,10 @@ class Chosen:
         new = [spec_event(spec) for spec in self._specs if spec.id not in trials]
         return {"event": "new", "trials": new} if new else None
 
+    def left(self, trials: Trials) -> bool:
+        """Whether one of them is not there yet."""
+        return any(spec.id not in trials for spec in self._specs)
+
     def replay(self, event: Event) -> None:
         """Nothing to remember."""
 

@@ -123,6 +123,16 @@ def test_a_budget_of_trials_lets_no_more_start(tmp_path: Path) -> None:
     conductor = make_conductor(more)
     run(conductor, weight)
     assert list(statuses(conductor).values()) == ["finished"] * 3
+    assert conductor.budget_note is None, "it is spent, and nothing is left undone"
+
+
+@pytest.mark.parametrize(("samples", "note"), [(2, None), (3, "budget.trials=2 are started")])
+def test_a_budget_that_ends_with_the_samples_is_not_missed(tmp_path: Path, samples: int, note: str | None) -> None:
+    content = {"algorithm": "optuna", "samples": samples}
+    sweep = make_sweep(tmp_path, space={KD: {"uniform": [0, 1]}}, search=content, budget={"trials": 2})
+    conductor = make_conductor(sweep)
+    run(conductor, weight)
+    assert (len(conductor.trials), conductor.budget_note) == (2, note)
 
 
 @pytest.mark.parametrize(("at_end", "expected"), [("finish", "finished"), ("stop", "stopped")])
