@@ -590,7 +590,7 @@ def test_extrapolations_over_fractions_are_shown_with_their_error(tmp_path: Path
     folder = make_sweep(tmp_path, per_group=1)
     document = json.loads((folder / "sweep.json").read_text())
     guess = {"fraction": 0.5, "top1": 71.0, "low": 68.5, "high": 73.0, "truth": 70.5, "error": 0.5}
-    blind = {"fraction": 1.0, "top1": 80.0, "low": None, "high": None}
+    blind = {"fraction": 1.0, "top1": -1e-9, "low": None, "high": None}
     points = [{"fraction": 0.05, "top1": 40.0, "seeds": 1}]
     document["curves"] = [{"line": "method=vit", "points": points, "check": guess, "all_images": blind}]
     (folder / "sweep.json").write_text(json.dumps(document))
@@ -600,7 +600,7 @@ def test_extrapolations_over_fractions_are_shown_with_their_error(tmp_path: Path
             "method=vit",
             "5%: 40.0",
             "50%: 71.0 [68.5, 73.0], truth 70.5, off by +0.5",
-            "100%: 80.0 (two points: no interval)",
+            "100%: 0.0 (two points: no interval)",
         ]
     ]
 

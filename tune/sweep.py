@@ -28,7 +28,7 @@ from tune.record import Document, Recorder, winners, write
 from tune.schema import BudgetConfig, Sweep
 from tune.search import make_source
 from tune.ship import Shipper, is_shipped
-from tune.space import check_space, metric_of, trial_config
+from tune.space import Spec, check_space, metric_of, trial_config
 from tune.trial import Job
 from tune.winners import Chosen, plain, test_config
 
@@ -124,7 +124,7 @@ class Driver:
         self._shipper = self._ship("trial", self.config)
         self._settle_old()
         self._close_shipper()
-        self._make_tests()
+        self._make_tests(self._winners_to_test())
         files = sorted((self._sweep.folder / "report").glob("*"))
         self._finish("FAILED" if exit_status(document) else "FINISHED", document, files)
 
@@ -147,8 +147,9 @@ class Driver:
         def stages() -> Iterator[Stage]:
             yield Stage(self._conductor, self._job)
             self._close_shipper()  # nothing may write to a winner's run any more
-            print("testing the winners", flush=True)
-            yield Stage(self._make_tests(), self._test_job)
+            chosen = self._winners_to_test()
+            print("testing the winners" if chosen else "there is no winner, or no test split to test it on", flush=True)
+            yield Stage(self._make_tests(chosen), self._test_job)
 
         slots = Slots(at_once, actor_resources(self._sweep))
         execute(stages(), slots, self._sweep.file.select.metric, self._sweep.folder)
@@ -188,17 +189,21 @@ class Driver:
 
     # --------------------------------------------------------------------------------------------- the test
 
-    def _make_tests(self) -> Conductor:
-        """The winners' meeting with the test set."""
+    def _winners_to_test(self) -> list[Spec]:
+        """The winners' trials whose data have a test split."""
         found = winners(self._sweep, self._conductor.trials)
-        specs = [trial.spec for score in found.values() for trial in score.trials]
+        trials = [trial for score in found.values() for trial in score.trials]
+        return [trial.spec for trial in trials if fingerprints(self.config(trial).data).has_test]
+
+    def _make_tests(self, chosen: Sequence[Spec]) -> Conductor:
+        """The winners' meeting with the test set."""
         sweep = plain(self._sweep)
         kind = "trial" if self._sweep.file.test == "trial" else "retrained winner"
         self._shipper = self._ship(kind, self._test_config)
         tests = Conductor(
             sweep,
             Log(self._sweep.folder / "test-events.jsonl"),
-            Chosen(specs),
+            Chosen(chosen),
             Stopper(sweep, self._epochs),
             Budget(BudgetConfig(), self._gpus),
             on_end=self._test_ended,

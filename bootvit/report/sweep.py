@@ -122,9 +122,9 @@ def predicted_text(guess: Mapping[str, Any] | None) -> str:
     if not guess:
         return "–"
     known = guess.get("low") is not None
-    interval = f" [{guess['low']:.1f}, {guess['high']:.1f}]" if known else " (two points: no interval)"
-    truth = f", truth {guess['truth']:.1f}, off by {guess['error']:+.1f}" if "truth" in guess else ""
-    return f"{percent(guess['fraction'])}: {guess['top1']:.1f}{interval}{truth}"
+    interval = f" [{guess['low']:z.1f}, {guess['high']:z.1f}]" if known else " (two points: no interval)"
+    truth = f", truth {guess['truth']:.1f}, off by {guess['error']:+z.1f}" if "truth" in guess else ""
+    return f"{percent(guess['fraction'])}: {guess['top1']:z.1f}{interval}{truth}"
 
 
 def cost_blocks(sweep: Sweep) -> list[Block]:

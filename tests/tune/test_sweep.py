@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from sweep_driver import command, document, finish, kill, mlflow_points, outcome, wait_for_events
 from tiny_sweeps import sweep_file
 
@@ -159,6 +160,24 @@ def test_winners_are_trained_again_with_the_held_out_images(tmp_path: Path) -> N
         assert result["final"] == trial["final"]
         assert json.loads((folder / trial["run"] / "result.json").read_text())["final"] is None
     assert best["final"]["vit"]["top1"] == pytest.approx(sum(t["final"]["vit"]["top1"] for t in runs) / 2)
+
+
+@pytest.mark.cluster
+def test_without_a_test_split_no_winner_has_a_test_accuracy(tmp_path: Path) -> None:
+    for name, shade in (("dark", 20), ("light", 230)):
+        (tmp_path / "images" / "train" / name).mkdir(parents=True)
+        for i in range(20):
+            Image.new("RGB", (8, 8), (shade + i,) * 3).save(tmp_path / "images" / "train" / name / f"{i}.png")
+    data = {"source": "imagefolder", "root": str(tmp_path / "images"), "augment": "crop", "batch_size": 8}
+    changes = {"data.fraction": 0.5, **{f"data.{key}": value for key, value in data.items()}}
+    path = sweep_file(tmp_path, space={KD: {"grid": [1, 2]}}, set=changes)
+    status, out, err = finish(command(path))
+    assert status == 0, out + err
+    state = document(tmp_path / "runs" / "sweep")
+    (best,) = state["best"].values()
+    assert best["held_out"]["vit"]["top1"] > 0
+    assert [best["final"], *(trial["final"] for trial in state["trials"])] == [None] * 3
+    assert "no test split" in out
 
 
 @pytest.mark.cluster
