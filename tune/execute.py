@@ -203,7 +203,7 @@ KEPT = {"epoch", "value", "done", "training_iteration", "trial_id", "node_ip", "
 
 
 class Clock(Unsaved, tune.Callback):  # type: ignore[misc]
-    """Tells the conductor when a trial has its resources, and keeps Tune from growing: it never drops a trial."""
+    """Tells the conductor when a trial has its resources; and Tune, which never drops a trial, to keep less of it."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
