@@ -34,7 +34,9 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON document, atomically."""
-    write_atomic(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
+    text = io.StringIO()  # piece by piece: `dumps` holds every number and bracket as an object of its own
+    json.dump(value, text, indent=2, allow_nan=False)
+    write_atomic(path, f"{text.getvalue()}\n".encode())
 
 
 def read_json(path: Path) -> Any:

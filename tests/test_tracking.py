@@ -286,6 +286,17 @@ def test_a_store_that_lost_the_run_gets_all_of_it_again(store: Store, template: 
     assert store.points() == [(1, 1.0), (2, 2.0)]
 
 
+def test_mlflow_keeps_nothing_in_memory_of_a_run_that_has_ended(store: Store) -> None:
+    from mlflow.tracking._tracking_service.utils import _artifact_repos_cache as kept
+
+    run = store.open()
+    assert run.run_id in kept
+    run.finish("FINISHED", store.result())
+    assert run.run_id not in kept
+    (stored,) = store.runs()
+    assert "result.json" in {file.path for file in connect(store.uri).list_artifacts(stored.info.run_id)}
+
+
 def test_more_points_than_one_call_takes(store: Store) -> None:
     store.journal.write([rec(step) for step in range(2500)])
     store.checkpoint(1, step=2499)

@@ -1,7 +1,9 @@
-"""Ray Tune as the executor: it starts actors, runs trials in them epoch by epoch, and tells the conductor.
+"""Ray Tune as the executor: it keeps actors, runs trials in them epoch by epoch, and tells the conductor.
 
-Tune's own state is not kept: its folder is temporary, and each driver starts a new Tune run. The classes here are
-Tune's interfaces and nothing more, so Ray is imported at the top; import this module where Ray is there.
+A trial of Tune's is a *slot* here: a place on the cluster that takes the sweep's trials one after another, because
+Tune keeps each of its trials to the end of the sweep. Tune's own state is not kept: its folder is temporary, and each
+driver starts a new Tune run. The classes here are Tune's interfaces and nothing more, so Ray is imported at the top;
+import this module where Ray is there.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from tune.log import Trial
 from tune.space import metric_of
 from tune.trial import Job, Report, attempt
 
+SLOT_RESULTS = 100  # after so many a slot takes no further trial: Tune keeps a slot's results until the slot ends
+
 MakeJob = Callable[[Trial], Job]
 
 
@@ -36,27 +40,6 @@ class Stage(NamedTuple):
     make_job: MakeJob
 
 
-class Work:
-    """The stages, one after another; a stage is made when the one before it is done."""
-
-    def __init__(self, stages: Iterator[Stage]) -> None:
-        self._rest = stages
-        self.begun: list[Stage] = [next(stages)]
-
-    def conductor(self, trial: Any) -> Conductor:
-        """The conductor of one of Tune's trials."""
-        number: int = trial.config["stage"]
-        return self.begun[number].conductor
-
-    def advance(self) -> bool:
-        """Begin the next stage; False if there is none."""
-        self.begun[-1].conductor.close()
-        following = next(self._rest, None)
-        if following is not None:
-            self.begun.append(following)
-        return following is not None
-
-
 class Slots(NamedTuple):
     """Where trials run: how many at once, and what each of their actors takes."""
 
@@ -64,28 +47,78 @@ class Slots(NamedTuple):
     resources: dict[str, float]  # of Ray
 
 
+class Work:
+    """The stages, one after another, and the trial that each slot has.
+
+    A slot's trial is in the slot's file, its order: the actor reads it before every epoch, and Tune starts an epoch
+    only when what became of the one before it has been decided here.
+    """
+
+    def __init__(self, stages: Iterator[Stage], metric: str, folder: Path) -> None:
+        self._rest, self._metric, self._folder = stages, metric, folder
+        self._stage = next(stages)
+        self._orders = 0
+        self._trials: dict[str, str] = {}  # slot -> trial
+
+    @property
+    def conductor(self) -> Conductor:
+        """The present stage's; a stage is over only when all its slots are empty."""
+        return self._stage.conductor
+
+    def trial(self, slot: str) -> str:
+        """The trial that a slot has."""
+        return self._trials[slot]
+
+    def order(self, slot: str) -> Path:
+        """A slot's file."""
+        return self._folder / f"slot-{slot}.json"
+
+    def fill(self, slot: str) -> bool:
+        """Give a slot its next trial; False if there is none now."""
+        trial = self.conductor.next()
+        if trial is None:
+            return False
+        job = self._stage.make_job(trial)
+        metric = metric_of(validate(Config, job.config, "trial"), self._metric)
+        self._orders += 1  # a trial may come back to the slot that it has left
+        checkpoint.write_json(self.order(slot), {"number": self._orders, "metric": metric, "job": job._asdict()})
+        self._trials[slot] = trial.spec.id
+        return True
+
+    def advance(self) -> bool:
+        """Begin the next stage; False if there is none."""
+        self.conductor.close()
+        following = next(self._rest, None)
+        if following is not None:
+            self._stage = following
+        return following is not None
+
+
 class TrialActor(tune.Trainable):  # type: ignore[misc]
-    """An actor that runs one trial after another, an epoch a step."""
+    """A slot's actor: it runs the trial of the slot's order, an epoch a step."""
 
     @classmethod
     def default_resource_request(cls, config: dict[str, Any]) -> tune.PlacementGroupFactory:
-        """What one actor takes; `tune.with_resources` would make another class of this one for every trial."""
+        """What one actor takes."""
         return tune.PlacementGroupFactory([config["resources"]])
 
     def setup(self, config: dict[str, Any]) -> None:
         """Only take note: an error here would have no trial to belong to."""
-        self._job = config
+        self._order = Path(config["order"])
+        self._number = 0
         self._run: Generator[Report, None, None] | None = None
 
     def step(self) -> dict[str, Any]:
-        """One epoch."""
-        if self._run is None:
-            self._run = attempt(Job(**checkpoint.read_json(Path(self._job["job"]))))
+        """One epoch of the ordered trial."""
+        order = checkpoint.read_json(self._order)
+        if self._run is None or order["number"] != self._number:
+            self.cleanup()
+            self._run, self._number = attempt(Job(**order["job"])), order["number"]
         report = next(self._run)
-        return {"epoch": report.epoch, "value": report.metrics.get(self._job["metric"]), "done": report.done}
+        return {"epoch": report.epoch, "value": report.metrics.get(order["metric"]), "over": report.done}
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
-        """Take the next trial."""
+        """Become another slot's actor."""
         self.cleanup()
         self.setup(new_config)
         return True
@@ -133,33 +166,25 @@ class Unsaved:
 
 
 class Feed(Unsaved, Searcher):  # type: ignore[misc]
-    """Gives the conductor's trials to Tune."""
+    """Gives Tune slots as long as there are trials for them."""
 
-    def __init__(self, work: Work, slots: Slots, metric: str, errors: Errors, jobs: Path) -> None:
+    def __init__(self, work: Work, slots: Slots, errors: Errors) -> None:
         super().__init__()
-        self._work, self._slots, self._selection, self._errors, self._jobs = work, slots, metric, errors, jobs
+        self._work, self._slots, self._errors = work, slots, errors
 
     def suggest(self, trial_id: str) -> Any:
-        """A trial's job; None to wait, FINISHED when nothing runs and nothing is left."""
+        """A slot, with its first trial; None to wait, FINISHED when nothing runs and nothing is left."""
         with self._errors.noted():
-            return self._suggest()
+            return self._suggest(trial_id)
 
-    def _suggest(self) -> Any:
-        conductor, make_job = self._work.begun[-1]
-        if conductor.running >= self._slots.at_once:
+    def _suggest(self, slot: str) -> Any:
+        if self._work.conductor.running >= self._slots.at_once:
             return None
-        trial = conductor.next()
-        if trial is None and conductor.running:
+        if self._work.fill(slot):
+            return {"order": str(self._work.order(slot)), "resources": self._slots.resources}
+        if self._work.conductor.running:
             return None
-        if trial is None:
-            return self._suggest() if self._work.advance() else Searcher.FINISHED
-        job = make_job(trial)
-        metric = metric_of(validate(Config, job.config, "trial"), self._selection)
-        stage = len(self._work.begun) - 1
-        path = self._jobs / f"{stage}-{trial.spec.id}.json"  # Tune keeps a trial's config several times over
-        checkpoint.write_json(path, job._asdict())
-        resources = self._slots.resources
-        return {"id": trial.spec.id, "stage": stage, "job": str(path), "metric": metric, "resources": resources}
+        return self._suggest(slot) if self._work.advance() else Searcher.FINISHED
 
     def on_trial_complete(self, trial_id: str, result: Any = None, error: bool = False) -> None:
         """The conductor knows it from the scheduler."""
@@ -172,57 +197,39 @@ class Feed(Unsaved, Searcher):  # type: ignore[misc]
 
 
 class Referee(Unsaved, FIFOScheduler):  # type: ignore[misc]
-    """Tells the conductor what trials report, and Tune what it decides."""
+    """Tells the conductor what trials report, and gives their slots to the next ones."""
 
     def __init__(self, work: Work, errors: Errors) -> None:
         super().__init__()
         self._work, self._errors = work, errors
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        """An epoch that is not a trial's last."""
+        """An epoch: its trial goes on, or the slot's next one does, or the slot is given back."""
+        slot = trial.trial_id
         with self._errors.noted():
-            conductor = self._work.conductor(trial)
-            leave = conductor.result(trial.config["id"], result["epoch"], result["value"], done=False)
-        return str(TrialScheduler.STOP if leave else TrialScheduler.CONTINUE)
-
-    def on_trial_complete(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> None:
-        """A trial has come to its end; one that was told to leave has been dealt with."""
-        conductor = self._work.conductor(trial)
-        if conductor.trials[trial.config["id"]].status == "running":
-            with self._errors.noted():
-                conductor.result(trial.config["id"], result["epoch"], result["value"], done=True)
+            conductor, name = self._work.conductor, self._work.trial(slot)
+            if not conductor.result(name, result["epoch"], result["value"], done=result["over"]):
+                return str(TrialScheduler.CONTINUE)
+            if result["training_iteration"] >= SLOT_RESULTS or not self._work.fill(slot):
+                return str(TrialScheduler.STOP)
+            conductor.began(self._work.trial(slot))
+        return str(TrialScheduler.CONTINUE)
 
     def on_trial_error(self, tune_controller: Any, trial: Any) -> None:
         """A trial has failed, or its worker has died."""
         with self._errors.noted():
-            reason = reason_of(trial.pickled_error_file)
-            self._work.conductor(trial).crashed(trial.config["id"], reason)
-
-
-KEPT = {"epoch", "value", "done", "training_iteration", "trial_id", "node_ip", "pid"}
+            self._work.conductor.crashed(self._work.trial(trial.trial_id), reason_of(trial.pickled_error_file))
 
 
 class Clock(Unsaved, tune.Callback):  # type: ignore[misc]
-    """Tells the conductor when a trial has its resources; and Tune, which never drops a trial, to keep less of it."""
+    """Tells the conductor when a slot's first trial has its resources."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
 
-    def on_trial_result(
-        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
-    ) -> None:
-        """Leave of a result what is read of it; Tune computes eight figures for each number in it."""
-        for key in result.keys() - KEPT:
-            del result[key]
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Nobody asks Tune for an ended trial's figures."""
-        trial.metric_analysis.clear()
-        trial.metric_n_steps.clear()
-
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The actor is there."""
-        self._work.conductor(trial).began(trial.config["id"])
+        self._work.conductor.began(self._work.trial(trial.trial_id))
 
 
 def reason_of(pickled: str | None) -> str:
@@ -258,11 +265,11 @@ def execute(stages: Iterator[Stage], slots: Slots, metric: str, folder: Path) ->
             os.environ[key] = value
         for name in ("ray.tune", "ray.train"):
             logging.getLogger(name).setLevel(logging.CRITICAL)
-        work, errors = Work(stages), Errors()
+        work, errors = Work(stages, metric, Path(storage)), Errors()
         tuner = tune.Tuner(
             TrialActor,
             tune_config=tune.TuneConfig(
-                search_alg=Feed(work, slots, metric, errors, Path(storage)),
+                search_alg=Feed(work, slots, errors),
                 scheduler=Referee(work, errors),
                 num_samples=-1,
                 reuse_actors=True,

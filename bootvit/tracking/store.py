@@ -100,3 +100,13 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
             if found is None:  # it was not another process that created it meanwhile
                 raise
     return str(found.experiment_id)
+
+
+def forget_artifacts(run_id: str) -> None:
+    """Drop what MLflow keeps in memory of a run's artifact store: a sweep is done with a trial that has ended.
+
+    MLflow would keep it for the 1,024 newest runs, and has no public call for this.
+    """
+    from mlflow.tracking._tracking_service import utils
+
+    getattr(utils, "_artifact_repos_cache", {}).pop(run_id, None)

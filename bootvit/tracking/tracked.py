@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bootvit.tracking.link import RunLink, Status
-from bootvit.tracking.store import connect, experiment_id, public
+from bootvit.tracking.store import connect, experiment_id, forget_artifacts, public
 from bootvit.tracking.tags import TAG_LIMIT
 
 RUN_KEY = "bootvit.run_key"
@@ -133,8 +133,9 @@ class TrackedRun:
         self._update_link(ended=None, complete=False)
 
     def _terminate(self, status: Status) -> None:
-        self._client.set_terminated(self.run_id, status)
+        self._client.set_terminated(self._link.run_id, status)
         self._update_link(ended=status, complete=True)
+        forget_artifacts(str(self._link.run_id))
 
     # ------------------------------------------------------------------------------------------- connecting
 
