@@ -34,9 +34,12 @@ def write_atomic(path: Path, data: bytes) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON document, atomically."""
-    text = io.StringIO()  # piece by piece: `dumps` holds every number and bracket as an object of its own
-    json.dump(value, text, indent=2, allow_nan=False)
-    write_atomic(path, f"{text.getvalue()}\n".encode())
+    data = io.BytesIO()
+    text = io.TextIOWrapper(data, encoding="utf-8", newline="\n")
+    json.dump(value, text, indent=2, allow_nan=False)  # `dumps` would hold every bracket as an object of its own
+    text.write("\n")
+    text.flush()
+    write_atomic(path, data.getvalue())
 
 
 def read_json(path: Path) -> Any:
