@@ -102,7 +102,7 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
     return str(found.experiment_id)
 
 
-def forget_artifacts(run_id: str) -> None:
+def forget_artifacts(run_id: str | None) -> None:
     """Drop what MLflow keeps in memory of a run's artifact store: a sweep is done with a trial that has ended.
 
     MLflow would keep it for the 1,024 newest runs, and has no public call for this.

@@ -133,9 +133,9 @@ class TrackedRun:
         self._update_link(ended=None, complete=False)
 
     def _terminate(self, status: Status) -> None:
-        self._client.set_terminated(self._link.run_id, status)
+        self._client.set_terminated(self.run_id, status)
         self._update_link(ended=status, complete=True)
-        forget_artifacts(str(self._link.run_id))
+        forget_artifacts(self.run_id)
 
     # ------------------------------------------------------------------------------------------- connecting
 
