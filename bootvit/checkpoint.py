@@ -5,8 +5,10 @@ import io
 import json
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
@@ -22,24 +24,29 @@ class Saved(NamedTuple):
     final: bool
 
 
-def write_atomic(path: Path, data: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old one or the new one, never a part."""
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """A file to write, so that a reader, or a crash, sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with open(temporary, "wb") as file:
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomic(path: Path, data: bytes) -> None:
+    """The same for what is there as a whole."""
+    with replacing(path) as file:
         file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def write_json(path: Path, value: Any) -> None:
     """A JSON document, atomically."""
-    data = io.BytesIO()
-    text = io.TextIOWrapper(data, encoding="utf-8", newline="\n")
-    json.dump(value, text, indent=2, allow_nan=False)  # `dumps` would hold every bracket as an object of its own
-    text.write("\n")
-    text.flush()
-    write_atomic(path, data.getvalue())
+    write_atomic(path, f"{json.dumps(value, indent=2, allow_nan=False)}\n".encode())
 
 
 def read_json(path: Path) -> Any:

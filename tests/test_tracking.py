@@ -513,11 +513,8 @@ def test_mlflow_is_quiet(store: Store) -> None:
 SWEEP = {
     "name": "s",
     "status": "running",
-    "trials": [
-        {"id": "0", "status": "finished", "seconds": 2.0, "gpu_seconds": 0.5},
-        {"id": "1", "status": "stopped", "seconds": 1.0, "gpu_seconds": None},
-        {"id": "2", "status": "running", "seconds": None},
-    ],
+    "counts": {"finished": 1, "stopped": 1, "running": 1},
+    "cost": {"seconds": 3.0, "cpu_seconds": 3.0, "gpu_seconds": 0.5},
     "best": {
         "data.fraction=0.05, method=joint": {
             "trial": "0",

@@ -50,7 +50,7 @@ def folder_state(sweep: Sweep) -> State:
     if not (path / "sweep.json").exists():
         return "unfinished"
     document = checkpoint.read_json(path / "sweep.json")
-    left_out = any(trial["status"] == "not_run" for trial in document["trials"])
+    left_out = document["counts"].get("not_run", 0) > 0
     more = left_out and read_resolved(sweep)["sweep"]["budget"] != resolved(sweep)["sweep"]["budget"]
     return "finished" if document["status"] == "finished" and not more else "unfinished"
 

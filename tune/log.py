@@ -54,7 +54,7 @@ def read_events(path: Path) -> Iterator[Event]:
             raise UserError(f"{path}: line {number} is no event: {err}") from err
 
 
-@dataclass
+@dataclass(slots=True)
 class Trial:
     """What is known of a trial."""
 

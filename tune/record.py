@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,7 +22,7 @@ NETWORKS = ("vit", "agent")
 
 
 class Recorder:
-    """Builds the document; what a trial that has ended left on disk is read once."""
+    """Writes the document; what a trial that has ended left on disk is read once."""
 
     def __init__(self, sweep: Sweep, cpus: float, gpus: float) -> None:
         self._sweep, self._cpus, self._gpus = sweep, cpus, gpus
@@ -28,9 +30,10 @@ class Recorder:
         self.final: dict[str, Any] = {}  # trial -> its test accuracy
         self.test_runs: dict[str, str] = {}  # trial -> the run that met the test set
 
-    def document(self, trials: Trials, status: str, seconds: float, reason: str | None = None) -> Document:
-        """The content of sweep.json."""
-        return {
+    def write(self, trials: Trials, status: str, seconds: float, reason: str | None = None) -> Document:
+        """Replace sweep.json as a whole, a row at a time; returns it without its list of trials."""
+        over = status != "running"
+        summary = {
             "name": self._sweep.file.name,
             "status": status,
             "reason": reason,
@@ -39,10 +42,12 @@ class Recorder:
             "group_by": list(self._sweep.group_by),
             "seconds": round(seconds, 3),
             "cost": self._cost(trials),
-            "trials": [self._row(trial, status != "running") for trial in trials.values()],
+            "counts": Counter(status_of(trial, over) for trial in trials.values()),
             "best": {group: self._best(found) for group, found in winners(self._sweep, trials).items()},
             "curves": curves(self._sweep, trials),
         }
+        write(self._sweep.folder, summary, (self._row(trial, over) for trial in trials.values()))
+        return summary
 
     def _cost(self, trials: Trials) -> dict[str, float]:
         seconds = sum(trial.seconds for trial in trials.values())
@@ -53,13 +58,12 @@ class Recorder:
 
     def _row(self, trial: Trial, over: bool) -> Document:
         name = trial.spec.id
-        status = "not_run" if over and not trial.started else trial.status
         row = {
             "id": name,
             "group": trial.spec.group,
             "seed": trial.spec.seed,
             "overrides": trial.overrides,
-            "status": status,
+            "status": status_of(trial, over),
             "reason": trial.reason,
             "epochs": trial.epochs,
             "held_out": self.held_out(trial),
@@ -92,6 +96,11 @@ class Recorder:
             "held_out": mean_scores([self.held_out(trial) for trial in found.trials]),
             "final": mean_scores(finals) if len(finals) == len(names) else None,
         }
+
+
+def status_of(trial: Trial, over: bool) -> str:
+    """A trial's status as people read it: one that the end of the sweep left out was not run."""
+    return "not_run" if over and not trial.started else trial.status
 
 
 def winners(sweep: Sweep, trials: Trials) -> dict[str, Score]:
@@ -127,6 +136,11 @@ def mean_scores(every: Sequence[Mapping[str, Any] | None]) -> Any:
     } or None
 
 
-def write(folder: Path, document: Document) -> None:
-    """Replace sweep.json as a whole."""
-    checkpoint.write_json(folder / "sweep.json", document)
+def write(folder: Path, summary: Document, rows: Iterable[Document]) -> None:
+    """sweep.json, never whole in memory: it is written at every trial's end, and may have thousands of them."""
+    head = json.dumps(summary, indent=2, allow_nan=False).removesuffix("\n}")
+    with checkpoint.replacing(folder / "sweep.json") as file:
+        file.write(f'{head},\n  "trials": ['.encode())
+        for number, row in enumerate(rows):
+            file.write(f"{',' if number else ''}\n    {json.dumps(row, allow_nan=False)}".encode())
+        file.write(b"\n  ]\n}\n")

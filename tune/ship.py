@@ -45,7 +45,7 @@ class Shipper:
         self._trials.put((True, trial))
 
     def update(self, document: Mapping[str, Any]) -> None:
-        """The newest sweep.json, for the parent run."""
+        """The newest sweep.json, its trials left out, for the parent run."""
         self._document = document
 
     def close(self) -> None:

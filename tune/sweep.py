@@ -24,7 +24,7 @@ from tune.groups import Stopper
 from tune.load import load_sweep
 from tune.log import ENDED, Log, Trial
 from tune.pbt import copy_member
-from tune.record import Document, Recorder, winners, write
+from tune.record import Document, Recorder, winners
 from tune.schema import BudgetConfig, Sweep
 from tune.search import make_source
 from tune.ship import Shipper, is_shipped
@@ -68,8 +68,7 @@ def run_sweep(
 
 def exit_status(document: Document) -> int:
     """1 if a trial failed for good, or a winner could not be tested."""
-    failed = any(trial["status"] == "failed" for trial in document["trials"]) or document["reason"]
-    return 1 if failed else 0
+    return 1 if document["counts"].get("failed") or document["reason"] else 0
 
 
 class Driver:
@@ -239,8 +238,7 @@ class Driver:
     # ------------------------------------------------------------------------------------------ the records
 
     def _write(self, status: str, reason: str | None = None) -> Document:
-        document = self._recorder.document(self._conductor.trials, status, self._conductor.seconds, reason)
-        write(self._sweep.folder, document)
+        document = self._recorder.write(self._conductor.trials, status, self._conductor.seconds, reason)
         if self._shipper is not None:
             self._shipper.update(document)
         return document

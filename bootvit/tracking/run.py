@@ -101,7 +101,7 @@ class MlflowRun(TrackedRun):
         self._send_points(Point(key, value, milliseconds, covered) for key, value in final_metrics(result).items())
         if result.get("data_fingerprint"):
             self._tags["bootvit.data_fingerprint"] = str(result["data_fingerprint"])
-            self._send_tags(self._tags)
+            self._send_tags({"bootvit.data_fingerprint": self._tags["bootvit.data_fingerprint"]})
             self._send_dataset()
         for name in ("config.yaml", "result.json"):
             if (self._folder / name).exists():

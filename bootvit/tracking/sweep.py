@@ -71,8 +71,8 @@ class SweepRun(TrackedRun):
 
     def _send_state(self, document: Mapping[str, Any]) -> None:
         self._send_points(state_points(document, int(time.time() * 1000)))
-        best = document.get("best") or {}
-        self._send_tags({f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best.items()})
+        best = document["best"].items()
+        self._send_tags({f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best})
         if (self._folder / "sweep.json").exists():
             self._send_file(self._folder / "sweep.json")
 
@@ -83,13 +83,13 @@ class SweepRun(TrackedRun):
 
 def state_points(document: Mapping[str, Any], timestamp: int) -> Iterator[Point]:
     """A sweep's state as metrics; the step is the number of trials that have ended, so it only grows."""
-    trials = document.get("trials") or []
-    step = sum(trial["status"] in ENDED for trial in trials)
+    counts, cost = document["counts"], document["cost"]
+    step = sum(counts.get(status, 0) for status in ENDED)
     for status in ENDED:
-        yield Point(f"trials/{status}", sum(trial["status"] == status for trial in trials), timestamp, step)
+        yield Point(f"trials/{status}", counts.get(status, 0), timestamp, step)
     for key in ("seconds", "gpu_seconds"):
-        yield Point(f"cost/{key}", sum(trial.get(key) or 0.0 for trial in trials), timestamp, step)
-    for group, found in (document.get("best") or {}).items():
+        yield Point(f"cost/{key}", cost[key], timestamp, step)
+    for group, found in document["best"].items():
         for part in ("held_out", "final"):
             for network, scores in (found.get(part) or {}).items():
                 yield Point(f"best/{safe_name(group)}/{part}/{network}/top1", scores["top1"], timestamp, step)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import shutil
@@ -83,6 +84,7 @@ def git_commit() -> str | None:
     return _git("rev-parse", "HEAD")
 
 
+@functools.cache  # what this process runs is what was there when it first asked
 def _git(*arguments: str) -> str | None:
     tree = Path(__file__).resolve().parents[2]
     # An installed package may lie inside somebody else's repository, whose commit says nothing about it.

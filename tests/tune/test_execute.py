@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -118,3 +120,27 @@ def test_an_actor_leaves_a_trial_as_soon_as_another_one_is_ordered(
     assert actor.step()["epoch"] == 1
     actor.cleanup()
     assert seen == ["begin a", "end a", "begin b", "end b", "begin b", "end b"]
+
+
+def test_garbage_that_has_grown_old_is_collected_while_trials_run() -> None:
+    """With the imports of torch and Ray counted as old, a thousand new objects are no reason to look at old ones."""
+
+    class Node:
+        def __init__(self) -> None:
+            self.own = self
+
+    thresholds = gc.get_threshold()
+    try:
+        with execute.settled_heap():
+            assert gc.get_freeze_count() > 10_000
+            node = Node()
+            gc.collect(1)  # it survives, and so it is old
+            gone = weakref.ref(node)
+            gc.set_threshold(50, 5, 5)
+            del node
+            kept: list[list[int]] = [[] for _ in range(10_000)]
+            assert gone() is None
+    finally:
+        gc.set_threshold(*thresholds)
+    assert len(kept) == 10_000
+    assert gc.get_freeze_count() == 0
