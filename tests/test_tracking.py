@@ -508,6 +508,17 @@ def test_mlflow_is_quiet(store: Store) -> None:
     assert os.environ["MLFLOW_DISABLE_TELEMETRY"] == "true"
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's list of open files")
+def test_an_sqlite_store_is_not_held_open_between_calls(store: Store) -> None:
+    run = store.open()
+    store.journal.write([rec(1)])
+    store.checkpoint(1, 1)
+    run.sync()
+    assert store.points("train/vit/loss")
+    files = [os.path.realpath(path) for path in Path("/proc/self/fd").iterdir()]
+    assert store.uri.removeprefix("sqlite:///") not in files
+
+
 # -------------------------------------------------------------------------------------------------- sweeps
 
 SWEEP = {

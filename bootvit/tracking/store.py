@@ -46,21 +46,23 @@ def public(uri: str) -> str:
 def connect(uri: str) -> Any:
     """An `MlflowClient`; an SQLite store is created first if it is not there.
 
-    The client is quiet, and a server that is down makes a call fail within seconds instead of minutes.
+    The client is quiet, and a server that is down makes a call fail within seconds instead of minutes. An SQLite file
+    is closed after every call: each connection kept open would cache megabytes of it.
     """
+    path = sqlite_path(uri)
     for key, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        **({"MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool"} if path else {}),
     }.items():
         os.environ.setdefault(key, value)
     from mlflow.tracking import MlflowClient
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    path = sqlite_path(uri)
     if path and not path.exists():
         _create_sqlite(path)
     return MlflowClient(uri)
