@@ -16,7 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import typer
 
     from bootvit.cli import app
-    from bootvit.errors import RunFailed, UserError
+    from bootvit.errors import OF_THE_MACHINE, RunFailed, UserError
     from bootvit.train import raise_on_sigterm
 
     # typer brings its own copy of click, whose errors it does not export by name
@@ -36,6 +36,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"bootvit: error: {err}", file=sys.stderr)
         return 2
     except RunFailed as err:
+        print(f"bootvit: failed: {err}", file=sys.stderr)
+        return 1
+    except OSError as err:
+        if err.errno not in OF_THE_MACHINE:
+            raise
         print(f"bootvit: failed: {err}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, typer.Abort):

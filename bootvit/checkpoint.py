@@ -12,7 +12,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 
-from bootvit.errors import UserError
+from bootvit.errors import UserError, naming
 
 
 class Saved(NamedTuple):
@@ -29,7 +29,7 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file to write, so that a reader, or a crash, sees the old one or the new one, never a part."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(temporary, "wb") as file:
+        with naming(path), open(temporary, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())

@@ -71,12 +71,12 @@ def finish(
         result = run() | ids
     except BaseException as err:
         status = ends.get(type(err), "failed")
+        if status == "interrupted" or isinstance(err, OSError):
+            print(f"{folder.path}: the same command with --resume goes on", file=sys.stderr)
         result = unfinished(config, splits, status, err) | ids
         folder.write_result(result)
         if tracked is not None:
             tracked.finish("KILLED" if status == "interrupted" else "FAILED", result)
-        if status == "interrupted":
-            print(f"{folder.path}: the same command with --resume goes on", file=sys.stderr)
         raise
     folder.write_result(result)
     if tracked is not None:

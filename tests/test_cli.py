@@ -1,6 +1,8 @@
 """The command line: every kind of bad input is one line on stderr and status 2, and nothing is started."""
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -157,6 +159,38 @@ def test_a_failed_run_is_status_one(here: Path, capsys: pytest.CaptureFixture[st
     result = json.loads((here / "runs" / "tiny" / "result.json").read_text())
     assert result["status"] == "failed"
     assert "not finite" in result["reason"]
+
+
+def test_a_full_disk_is_one_line_that_names_the_file_and_resume_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sync = os.fsync
+
+    def full(fd: int) -> None:
+        if os.fstat(fd).st_size > 20_000:  # of all that a run writes only its checkpoints are so large
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        sync(fd)
+
+    command = ["train", "tiny.yaml", "name=full", "--local"]
+    with monkeypatch.context() as disk:
+        disk.setattr(os, "fsync", full)
+        assert main(command) == 1
+    error = capsys.readouterr().err
+    assert "--resume goes on" in error
+    assert "Traceback" not in error
+    path = here / "runs" / "full" / "checkpoints" / "epoch-0001.pt"
+    assert error.splitlines()[-1] == f"bootvit: failed: [Errno 28] No space left on device: '{path}'"
+    assert json.loads((here / "runs" / "full" / "result.json").read_text())["status"] == "failed"
+    assert main([*command, "--resume"]) == 0
+
+
+def test_an_error_that_is_not_the_machines_is_not_made_one_line(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(fd: int) -> None:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+
+    monkeypatch.setattr(os, "fsync", wrong)
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        main(["train", "tiny.yaml", "name=wrong", "--local"])
 
 
 def test_the_printed_config_is_the_run(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ def settled_heap() -> Iterator[None]:
     """Leave out of garbage collection what the driver has loaded before its first trial.
 
     Python looks at its old objects only when the new ones have become a quarter as many. The imports of torch, Ray and
-    MLflow would count as old here, and what MLflow's database sessions leave behind would wait for thousands of trials.
+    MLflow would count as old here, and what MLflow's database sessions leave behind would pile up before that.
     """
     gc.collect()
     gc.freeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from pathlib import Path
 from typing import Any, Literal
 
 import yaml
@@ -14,6 +15,7 @@ from bootvit.runs import FREE_ON_RESUME
 from tune.schema import Sweep
 
 State = Literal["absent", "unfinished", "finished"]
+STATE_KEYS = {"status", "reason", "counts", "cost", "best", "trials"}
 FREE = ("sweep.base", "sweep.concurrency", "sweep.resources.", "sweep.budget.", "sweep.retries")
 
 
@@ -49,10 +51,20 @@ def folder_state(sweep: Sweep) -> State:
         return "absent"
     if not (path / "sweep.json").exists():
         return "unfinished"
-    document = checkpoint.read_json(path / "sweep.json")
+    document = read_state(path)
     left_out = document["counts"].get("not_run", 0) > 0
     more = left_out and read_resolved(sweep)["sweep"]["budget"] != resolved(sweep)["sweep"]["budget"]
     return "finished" if document["status"] == "finished" and not more else "unfinished"
+
+
+def read_state(folder: Path) -> dict[str, Any]:
+    """sweep.json; `UserError` if it is not what this version writes."""
+    path = folder / "sweep.json"
+    document = checkpoint.read_json(path)
+    missing = STATE_KEYS - set(document) if isinstance(document, dict) else STATE_KEYS
+    if missing:
+        raise UserError(f"{path}: lacks {sorted(missing)}; remove it, and --resume makes it anew from events.jsonl")
+    return dict(document)
 
 
 def resolved(sweep: Sweep) -> dict[str, Any]:

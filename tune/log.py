@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bootvit import checkpoint
-from bootvit.errors import RunFailed, UserError
+from bootvit.errors import RunFailed, UserError, naming
 from tune.space import Setting, Spec
 
 Event = dict[str, Any]
@@ -34,7 +34,7 @@ class Log:
         """Append an event and flush it; `RunFailed` if another driver has taken the sweep over."""
         if checkpoint.read_json(self._held)["id"] != self._lease:
             raise RunFailed(f"{self.path.parent}: another process has taken over this sweep; this one stops")
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(event)}\n")
             file.flush()
             os.fsync(file.fileno())

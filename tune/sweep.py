@@ -19,7 +19,7 @@ from tune.cluster import actor_resources, check_resources, check_room, start_ray
 from tune.conductor import Conductor
 from tune.data import check_data, fingerprints
 from tune.estimate import count_trials, describe_plan
-from tune.folder import check_folder, claim_folder
+from tune.folder import check_folder, claim_folder, read_state
 from tune.groups import Stopper
 from tune.load import load_sweep
 from tune.log import ENDED, Log, Trial
@@ -56,7 +56,7 @@ def run_sweep(
     if state == "finished":
         print(f"{sweep.folder} is finished; nothing to do")
         Driver(sweep, epochs).catch_up()
-        return exit_status(checkpoint.read_json(sweep.folder / "sweep.json"))
+        return exit_status(read_state(sweep.folder))
     start_ray(sweep)
     try:
         at_once = check_room(sweep)
@@ -104,9 +104,9 @@ class Driver:
             self._close_shipper()
         except BaseException as err:
             interrupted = isinstance(err, KeyboardInterrupt)
+            print(f"{self._sweep.folder}: the same command with --resume goes on", file=sys.stderr)
             document = self._write("interrupted" if interrupted else "failed", one_line(err))
             self._finish("KILLED" if interrupted else "FAILED", document, [])
-            print(f"{self._sweep.folder}: the same command with --resume goes on", file=sys.stderr)
             raise
         document = self._write("finished", self._untested)
         files = self._report()
@@ -116,7 +116,7 @@ class Driver:
 
     def catch_up(self) -> None:
         """Send to MLflow what a server that was down has missed of a finished sweep."""
-        document = checkpoint.read_json(self._sweep.folder / "sweep.json")
+        document = read_state(self._sweep.folder)
         places = [self._sweep.folder, *(self._sweep.folder / trial["run"] for trial in document["trials"])]
         if self._parent is None or all(is_shipped(place) for place in places if place.exists()):
             return

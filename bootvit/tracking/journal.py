@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bootvit.errors import UserError
+from bootvit.errors import UserError, naming
 
 
 class Record(NamedTuple):
@@ -32,7 +32,7 @@ class Journal:
 
     def write(self, records: Sequence[Record]) -> None:
         """Append and flush; a crash can tear only the last line."""
-        with self.path.open("a", encoding="utf-8") as file:
+        with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{_to_json(record)}\n" for record in records))
 
     def cut(self, step: int) -> None:
@@ -40,7 +40,7 @@ class Journal:
         if not self.path.exists():
             return
         temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        with self.path.open("rb") as old, temporary.open("wb") as new:
+        with naming(self.path), self.path.open("rb") as old, temporary.open("wb") as new:
             new.writelines(line for line in old if line.endswith(b"\n") and _step(line, self.path) <= step)
             new.flush()
             os.fsync(new.fileno())

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -204,3 +206,14 @@ def test_a_log_with_a_broken_line_inside_is_not_guessed_at(tmp_path: Path) -> No
     (tmp_path / "events.jsonl").write_text('{"event": "new"}\nnonsense\n{"event": "start"}\n')
     with pytest.raises(Exception, match="line 2"):
         Log(tmp_path / "events.jsonl")
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    log = Log(tmp_path / "events.jsonl")
+
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match=r"No space left on device: '.*events\.jsonl'"):
+        log.write({"event": "start"})

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from tiny_sweeps import make_sweep
 
+from bootvit.errors import UserError
+from tune.folder import read_state
 from tune.log import Trial
 from tune.record import Recorder, write
 from tune.space import Spec
@@ -85,3 +87,19 @@ def test_writing_many_trials_takes_no_more_memory_than_a_few(tmp_path: Path) -> 
     few, many = peak(10), peak(3000)
     assert (tmp_path / "sweep.json").stat().st_size > 1_000_000
     assert many < few + 50_000
+
+
+@pytest.mark.parametrize("text", ["{}", "[]", '{"status": "finished", "trials": []}'])
+def test_a_file_of_another_version_is_named_with_what_to_do(tmp_path: Path, text: str) -> None:
+    (tmp_path / "sweep.json").write_text(text)
+    with pytest.raises(UserError, match=r"sweep\.json: lacks .*'counts'.*remove it, and --resume"):
+        read_state(tmp_path)
+
+
+def test_what_is_written_can_be_read(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, space={"objective.vit.kd": {"grid": [0.0, 1.0]}})
+    sweep.folder.mkdir(parents=True)
+    summary = Recorder(sweep, cpus=1.0, gpus=0.0).write(trials(2), "finished", 1.0)
+    state = read_state(sweep.folder)
+    assert len(state.pop("trials")) == 2
+    assert state == summary
