@@ -274,6 +274,47 @@ def test_a_run_created_but_not_noted_down_is_found_by_its_key(store: Store) -> N
     assert len(store.runs()) == 1
 
 
+def test_a_run_whose_creation_was_not_answered_is_found_and_not_made_again(
+    store: Store, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A new key is in no store, so that its run is not searched for; but only until it may have been created."""
+    client = type(connect(store.uri))
+    create, search = client.create_run, client.search_runs
+    searched: list[str] = []
+
+    def unanswered(self: Any, *args: Any, **what: Any) -> None:
+        create(self, *args, **what)
+        raise ConnectionError("the answer was lost")
+
+    def noted(self: Any, experiments: list[str], query: str = "", **what: Any) -> Any:
+        searched.append(query)
+        return search(self, experiments, query, **what)
+
+    monkeypatch.setattr("bootvit.tracking.tracked.RETRY_AFTER", 0.0)
+    monkeypatch.setattr(client, "create_run", unanswered)
+    monkeypatch.setattr(client, "search_runs", noted)
+    run = store.open()
+    assert "the answer was lost" in capsys.readouterr().err
+    assert (run.run_id, searched) == (None, [])
+    run.sync()
+    assert len(searched) == 1
+    (stored,) = store.runs()
+    assert stored.info.run_id == run.run_id
+    assert stored.data.tags["bootvit.method"] == "joint"
+
+
+def test_a_run_that_is_resumed_has_the_tags_of_its_newest_driver(store: Store) -> None:
+    for host in ("first", "second"):
+        MlflowRun(store.config(), store.run_dir, tags={"bootvit.host": host})
+    (run,) = store.runs()
+    assert run.data.tags["bootvit.host"] == "second"
+
+
+def test_a_tag_is_cut_to_the_limit(store: Store) -> None:
+    MlflowRun(store.config(), store.run_dir, tags={"long": "x" * 9000})
+    assert store.runs()[0].data.tags["long"] == "x" * 8000
+
+
 def test_a_store_that_lost_the_run_gets_all_of_it_again(store: Store, template: Path) -> None:
     store.journal.write([rec(1), rec(2)])
     store.checkpoint(1, step=2)

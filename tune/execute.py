@@ -237,7 +237,7 @@ class Referee(Unsaved, FIFOScheduler):  # type: ignore[misc]
 
 
 class Clock(Unsaved, tune.Callback):  # type: ignore[misc]
-    """Tells the conductor when a slot's first trial has its resources."""
+    """Tells the conductor when a slot's first trial has its resources; and lets go of a slot that is over."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -245,6 +245,11 @@ class Clock(Unsaved, tune.Callback):  # type: ignore[misc]
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """The actor is there."""
         self._work.conductor.began(self._work.trial(trial.trial_id))
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Tune keeps the slot to the end of the sweep: its statistics, which nobody reads, go now."""
+        trial.metric_analysis.clear()
+        trial.metric_n_steps.clear()
 
 
 def reason_of(pickled: str | None) -> str:
@@ -272,6 +277,7 @@ def execute(stages: Iterator[Stage], slots: Slots, metric: str, folder: Path) ->
         for key, value in {
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "TUNE_DISABLE_SIGINT_HANDLER": "1",
+            "TUNE_GLOBAL_CHECKPOINT_S": "inf",
             "TUNE_MAX_PENDING_TRIALS_PG": str(slots.at_once),
             "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
             "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",

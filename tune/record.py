@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
+from sys import intern
 from typing import Any
 
 from bootvit import checkpoint
@@ -121,7 +122,7 @@ def last_scores(run_dir: Path) -> Any:
     for record in read_journal(run_dir / "metrics.jsonl")[0]:
         split, net, *score = record.name.split("/")
         if split == "held_out" and score[0] in ("top1", "top5"):
-            out.setdefault(net, {})[score[0]] = round(record.value, 4)
+            out.setdefault(intern(net), {})[intern(score[0])] = round(record.value, 4)
     return out or None
 
 

@@ -52,6 +52,7 @@ def run_sweep(
     if importlib_missing("optuna") and sweep.file.algorithm == "optuna":
         raise UserError("Optuna is not installed: pip install 'bootvit[ray]'")
     epochs = max(config.schedule.epochs for config in configs)
+    del configs  # one for every trial, and not needed while they run
     state = check_folder(sweep, resume=resume, overwrite=overwrite)
     if state == "finished":
         print(f"{sweep.folder} is finished; nothing to do")

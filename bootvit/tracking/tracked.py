@@ -44,6 +44,7 @@ class TrackedRun:
         self._folder, self._uri, self._experiment = folder, uri, experiment
         self._tags, self._params = dict(tags), dict(params)
         self._link_path = folder / "mlflow.json"
+        self._may_be_there = self._link_path.exists()  # a key that was made just now is in no store
         self._link = RunLink.load(self._link_path)
         self._client: Any = None
         self._latest: dict[str, int] = {}
@@ -142,16 +143,16 @@ class TrackedRun:
     def _connect(self) -> None:
         client = connect(self._uri)
         experiment = experiment_id(client, self._uri, self._experiment)
-        run = self._find(client, experiment)
+        run = self._find(client, experiment) if self._may_be_there else None
+        self._may_be_there = True
+        self._unsent_tags = dict(self._tags) if run else {}
         if run is None:
-            run = client.create_run(
-                experiment, run_name=self._tags.get("mlflow.runName"), tags={RUN_KEY: self._link.run_key}
-            )
+            tags = {key: value[:TAG_LIMIT] for key, value in self._tags.items()} | {RUN_KEY: self._link.run_key}
+            run = client.create_run(experiment, run_name=self._tags.get("mlflow.runName"), tags=tags)
         self._latest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
         self._update_link(run_id=run.info.run_id, uri=public(self._uri), experiment=self._experiment)
         self._client = client
         try:
-            self._unsent_tags = dict(self._tags)
             self._send_params(run.data.params)
             self._on_connect(run)
         except Exception:

@@ -11,11 +11,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.tune.experiment import Trial as TuneTrial
 from ray.tune.search.searcher import Searcher
 from tiny_sweeps import make_conductor, make_sweep
 
 from tune import execute
-from tune.execute import Errors, Feed, Referee, Slots, Stage, TrialActor, Work
+from tune.execute import Clock, Errors, Feed, Referee, Slots, Stage, TrialActor, Work
 from tune.log import Trial
 from tune.trial import Job, Report
 
@@ -78,6 +79,16 @@ def test_a_slot_that_has_reported_enough_is_replaced_when_its_trial_ends(
         pass
     assert [len(slot) for slot in tune.slots] == [2, 2, 1]
     assert {t.status for t in tune.conductor.trials.values()} == {"finished"}
+
+
+def test_nothing_is_kept_of_the_results_of_a_slot_that_is_over(tmp_path: Path) -> None:
+    """Tune keeps its trials to the end of a sweep, and in each of them what it reported."""
+    slot = TuneTrial("slot", stub=True)
+    slot.update_last_result({"epoch": 1, "value": 1.0, "over": True, "training_iteration": 1})
+    assert slot.metric_analysis
+    assert slot.metric_n_steps
+    Clock(FakeTune(tmp_path, space={KD: {"grid": [1]}}).work).on_trial_complete(1, [slot], slot)
+    assert (slot.metric_analysis, slot.metric_n_steps) == ({}, {})
 
 
 def test_a_failure_is_that_of_the_trial_that_the_slot_has(tmp_path: Path) -> None:
