@@ -1,5 +1,6 @@
 """Several processes compute what one does: uneven shares, synchronised BatchNorm, exact evaluation."""
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -43,6 +44,8 @@ def worker(rank: int, size: int, folder: str) -> None:
         mine += [part(batch(11, seed=9), 0, size)] if rank == 1 else []
         out[method] = (learner.networks.state_dict(), {n: tuple(c) for n, c in learner.evaluate(mine).items()})
     torch.save(out, f"{folder}/{rank}.pt")
+    del learner
+    gc.collect()  # what still holds the group when it is destroyed would end it while it has the GIL: a deadlock
     dist.destroy_process_group()
 
 
