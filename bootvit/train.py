@@ -191,7 +191,7 @@ def connect_ray(cpus: float) -> None:
 def start_ray(config: Config) -> None:
     """A Ray on which the run's workers fit; `UserError` if they do not, or if it is not installed."""
     if importlib_missing("ray"):
-        raise UserError("Ray is not installed: pip install 'bootvit[ray]', or train with --local")
+        raise UserError("Ray is not installed: pip install 'bootvit[ray]', or add --local")
     import ray
 
     wanted = config.ray.num_workers * config.ray.cpus_per_worker

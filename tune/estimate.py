@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
 from bootvit.config import Config
 from bootvit.data import Batch
 from bootvit.learner import Learner, World
+from bootvit.tracking.tags import param_text
 from tune.cluster import room, trial_cpus
 from tune.data import fingerprints
+from tune.domain import Domain
 from tune.schema import Sweep
 from tune.space import canonical, make_specs, planned_settings, settings
 
@@ -27,18 +31,34 @@ def describe_plan(sweep: Sweep, configs: Sequence[Config]) -> str:
 
 def _what(sweep: Sweep) -> list[str]:
     file = sweep.file
-    lines = [f"sweep {file.name}: {file.algorithm}, scheduler {file.scheduler.name}, groups by {list(sweep.group_by)}"]
+    lines = [f"sweep {file.name}: {file.algorithm}, scheduler {file.scheduler.name}{_groups(sweep)}"]
     if file.algorithm == "optuna":
-        lines += [f"  {key}: {domain.model_dump(exclude_defaults=True)}" for key, domain in file.domains]
+        lines += [f"  {key}: {_domain_text(domain)}" for key, domain in file.domains]
         cells = len(list(settings(sweep, None)))
-        return [
-            *lines,
-            f"{count_trials(sweep)} trials: {cells} cells x {file.search.samples} samples, seeds {sweep.seeds}",
-        ]
+        seeds = ", ".join(map(str, sweep.seeds))
+        return [*lines, f"{count_trials(sweep)} trials: {cells} cells x {file.search.samples} samples, seeds {seeds}"]
     specs = make_specs(sweep, planned_settings(sweep), 0)
     width = max(len(spec.id) for spec in specs)
     note = f", at smaller {file.fidelity} first, the best of them at the next" if file.fidelity else ""
-    return [*lines, *(f"  {spec.id:{width}}  {spec.overrides}" for spec in specs), f"{len(specs)} trials{note}"]
+    return [
+        *lines,
+        *(f"  {spec.id:{width}}  {_assignments(spec.overrides)}" for spec in specs),
+        f"{len(specs)} trials{note}",
+    ]
+
+
+def _groups(sweep: Sweep) -> str:
+    return f", groups by {', '.join(sweep.group_by)}" if sweep.group_by else ""
+
+
+def _assignments(values: Mapping[str, Any]) -> str:
+    """As on the command line: key=value key=value."""
+    return " ".join(f"{key}={param_text(value)}" for key, value in values.items())
+
+
+def _domain_text(domain: Domain) -> str:
+    condition = f" when {_assignments(domain.when)}" if domain.when else ""
+    return f"{domain.kind} {json.dumps(domain.values)}{condition}"
 
 
 def count_trials(sweep: Sweep) -> int:
@@ -49,11 +69,22 @@ def count_trials(sweep: Sweep) -> int:
 
 
 def _where(sweep: Sweep) -> list[str]:
-    workers = sweep.base.ray.num_workers
-    each = (
-        f"{trial_cpus(sweep):g} CPUs, {sweep.file.resources.gpu:g} GPUs, {workers} worker{'s' if workers > 1 else ''}"
+    file = sweep.file
+    each = ", ".join(
+        [
+            quantity(trial_cpus(sweep), "CPU"),
+            quantity(file.resources.gpu, "GPU"),
+            quantity(sweep.base.ray.num_workers, "worker"),
+        ]
     )
-    return [f"each trial: {each}; at once: {sweep.file.concurrency}; budget: {sweep.file.budget.model_dump()}"]
+    at_once = "as many as fit" if file.concurrency == "auto" else file.concurrency
+    budget = _assignments(file.budget.model_dump(exclude_none=True)) if file.budget.limited else "none"
+    return [f"each trial: {each}; at once: {at_once}; budget: {budget}"]
+
+
+def quantity(number: float, unit: str) -> str:
+    """1 CPU, 0.5 GPUs."""
+    return f"{number:g} {unit}{'' if number == 1 else 's'}"
 
 
 def _cost(sweep: Sweep, configs: Sequence[Config]) -> list[str]:

@@ -60,6 +60,11 @@ class BudgetConfig(Section):
     gpu_hours: Positive | None = Field(None, description="of all trials")
     at_end: Literal["finish", "stop"] = Field("finish", description="what running trials do when the time is spent")
 
+    @property
+    def limited(self) -> bool:
+        """Whether there is a limit at all."""
+        return (self.trials, self.hours, self.gpu_hours) != (None, None, None)
+
 
 class SweepFile(Section):
     """A sweep, as the file says it."""

@@ -71,13 +71,28 @@ def test_a_dry_run_prints_trials_resources_and_cost(
     path = str(sweep_file(tmp_path, space={KD: {"grid": [1, 2]}, "method": {"grid": ["vit", "joint"]}}))
     assert main(["sweep", path, "--dry-run"]) == 0
     out = capsys.readouterr().out
-    for words in ("4 trials", "'method': 'vit'", "1 CPUs, 0 GPUs", "estimated cost"):
+    for words in (
+        "  objective.vit.kd=1 method=vit\n",
+        "\n4 trials\n",
+        "\neach trial: 1 CPU, 0 GPUs, 1 worker; at once: as many as fit; budget: none\n",
+        "\nestimated cost: ",
+    ):
         assert words in out
-    optuna = ["search.algorithm=optuna", "search.samples=5", "space.objective.vit.kd={uniform: [0, 1], grid: null}"]
+    optuna = [
+        "search.algorithm=optuna",
+        "search.samples=5",
+        "space.objective.vit.kd={uniform: [0, 1], grid: null, when: {method: joint}}",
+        "budget.trials=3",
+        "concurrency=2",
+    ]
     assert main(["sweep", path, "--dry-run", *optuna]) == 0
     out = capsys.readouterr().out
-    assert "10 trials" in out
-    assert "'uniform': (0.0, 1.0)" in out
+    for words in (
+        "\n10 trials: 2 cells x 5 samples, seeds 0\n",
+        "\n  objective.vit.kd: uniform [0.0, 1.0] when method=joint\n",
+        "; at once: 2; budget: trials=3 at_end=finish\n",
+    ):
+        assert words in out
     assert not (tmp_path / "runs").exists()
 
 
