@@ -277,7 +277,7 @@ def execute(stages: Iterator[Stage], slots: Slots, metric: str, folder: Path) ->
         for key, value in {
             "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
             "TUNE_DISABLE_SIGINT_HANDLER": "1",
-            "TUNE_GLOBAL_CHECKPOINT_S": "inf",
+            "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # seconds between two saves of Tune's state, which nothing reads
             "TUNE_MAX_PENDING_TRIALS_PG": str(slots.at_once),
             "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
             "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",

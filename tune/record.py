@@ -122,6 +122,7 @@ def last_scores(run_dir: Path) -> Any:
     for record in read_journal(run_dir / "metrics.jsonl")[0]:
         split, net, *score = record.name.split("/")
         if split == "held_out" and score[0] in ("top1", "top5"):
+            # every trial has these names: kept once
             out.setdefault(intern(net), {})[intern(score[0])] = round(record.value, 4)
     return out or None
 
