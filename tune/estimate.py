@@ -42,7 +42,7 @@ def _what(sweep: Sweep) -> list[str]:
     note = f", at smaller {file.fidelity} first, the best of them at the next" if file.fidelity else ""
     return [
         *lines,
-        *(f"  {spec.id:{width}}  {_assignments(spec.overrides)}" for spec in specs),
+        *(f"  {spec.id:{width}}  {_assignments(spec.overrides)}".rstrip() for spec in specs),
         f"{len(specs)} trials{note}",
     ]
 
