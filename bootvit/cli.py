@@ -72,39 +72,49 @@ def sweep(
 @app.command("eval")
 def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as_json: Json = False) -> None:
     """Evaluate a run's newest checkpoint: exact counts, whatever the batch and the number of workers."""
+    from bootvit.evaluate import EVAL_KEYS
     from bootvit.evaluate import evaluate as score
     from bootvit.runs import open_run
     from bootvit.train import with_overrides
 
     config, folder = open_run(run)
-    document = score(with_overrides(config, overrides or []), folder.path, local=local)
+    found = score(with_overrides(config, overrides or [], EVAL_KEYS), folder.path, local=local)
+    for where, reason in found.skipped.items():
+        typer.echo(f"bootvit: left out: {where}: {reason}", err=True)
     if as_json:
-        _print_json(document)
-    else:
-        for net, counts in document.items():
-            right = f"{counts['correct']} of {counts['total']}"
-            typer.echo(f"{net}: top-1 {counts['top1']:.2f}% ({right}), top-5 {counts['top5']:.2f}%")
+        _print_json(found.counts)
+        return
+    for net, counts in found.counts.items():
+        right = f"{counts['correct']} of {counts['total']}"
+        typer.echo(f"{net}: top-1 {counts['top1']:.2f}% ({right}), top-5 {counts['top5']:.2f}%")
 
 
 @app.command()
 def predict(
     run: RunName,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files, and folders of them")],
     top: Annotated[int, typer.Option(min=1, help="classes an image")] = 5,
     as_json: Json = False,
-) -> None:
-    """Class names and probabilities of images."""
-    from bootvit.evaluate import predict as guess
+) -> int:
+    """Class names and probabilities of images; status 1 if one of them could not be read."""
+    from bootvit.predict import predict as guess
     from bootvit.runs import open_run
 
     config, folder = open_run(run)
-    guesses = guess(config, folder.path, images, top)
+    rows = []
+    failed = False
+    for row in guess(config, folder.path, images, top):
+        if as_json:
+            rows.append(row)
+        if "error" in row:
+            failed = True
+            typer.echo(f"bootvit: failed: {row['image']}: {row['error']}", err=True)
+        elif not as_json:
+            chances = "  ".join(f"{name} {100 * p:.1f}%" for name, p in row["classes"].items())
+            typer.echo(f"{row['image']}  {row['network']}: {chances}")
     if as_json:
-        _print_json(guesses)
-        return
-    for row in guesses:
-        chances = "  ".join(f"{name} {100 * p:.1f}%" for name, p in row["classes"].items())
-        typer.echo(f"{row['image']}  {row['network']}: {chances}")
+        _print_json(rows)
+    return int(failed)
 
 
 @app.command("config")
@@ -136,6 +146,28 @@ def data_info(config: ConfigName, overrides: Overrides = None, as_json: Json = F
     from bootvit.data.info import describe
 
     _print_facts(describe(load_config(config, overrides or []).data), as_json)
+
+
+@data_app.command("check")
+def data_check(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> int:
+    """Read every image once, before somebody pays for a GPU; status 1 if something is wrong."""
+    from bootvit.config import load_config
+    from bootvit.data.check import report
+
+    found = report(load_config(config, overrides or []).data)
+    if as_json:
+        _print_json(found)
+        return int(bool(found["problems"]))
+    for problem in found["problems"]:
+        typer.echo(f"{problem['image']}: {problem['reason']}")
+    for note in found["notes"]:
+        typer.echo(f"note: {note}")
+    counts = ", ".join(f"{count} {split}" for split, count in found["images"].items())
+    typer.echo(
+        f"{counts} images read in {found['seconds']:.1f} s ({found['images_per_second']:.0f} images/s): "
+        f"{len(found['problems']) or 'no'} problem{'' if len(found['problems']) == 1 else 's'}"
+    )
+    return int(bool(found["problems"]))
 
 
 @data_app.command("pack")

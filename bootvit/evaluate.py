@@ -1,22 +1,31 @@
-"""Evaluation and prediction with a run's newest checkpoint."""
+"""Evaluation with a run's newest checkpoint."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 from bootvit import checkpoint
 from bootvit.config import Config, validate
-from bootvit.data import open_splits, preprocess
+from bootvit.data import DataFacts, DataSplits, open_splits
 from bootvit.data.batches import EvalBatches
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World
-from bootvit.loop import check_evaluable
+from bootvit.loop import check_evaluable, of_all_workers
 from bootvit.train import on_workers, pick_device, ray_world, start_ray
 
-Document = dict[str, dict[str, float | int]]
+# what an evaluation may change: which images it counts, how fast and how precisely; the rest is the run's
+EVAL_KEYS = (
+    *("data.source", "data.root", "data.fraction", "data.fraction_rule", "data.held_out", "data.eval_batch_size"),
+    *("data.workers", "data.on_error", "data.resize", "precision", "ray."),
+)
+
+
+class Evaluation(NamedTuple):
+    """What `bootvit eval` found."""
+
+    counts: dict[str, dict[str, float | int]]  # by network, as `eval --json` prints it
+    skipped: dict[str, str]  # broken images left out (data.on_error=skip): {image: reason}
 
 
 def newest_checkpoint(run_dir: Path) -> dict[str, Any]:
@@ -27,30 +36,41 @@ def newest_checkpoint(run_dir: Path) -> dict[str, Any]:
     return checkpoint.load(saved.path)
 
 
-def evaluate(config: Config, run_dir: Path, *, local: bool) -> Document:
-    """Exact counts of every network of the run on its test set (its held-out part where there is none)."""
-    check_evaluable(config, open_splits(config.data))
-    newest_checkpoint(run_dir)
+def evaluate(config: Config, run_dir: Path, *, local: bool) -> Evaluation:
+    """Exact counts of every network of the run on its test set (its held-out part where there is none).
+
+    Images are prepared as the run says; on another data set classes are matched by their names.
+    """
+    open_for(config, DataFacts.from_dict(newest_checkpoint(run_dir)["data"]))
     if local:
         return evaluate_here(config, run_dir, World(0, 1, pick_device(config.ray.use_gpu)))
     start_ray(config)
     job = {"config": config.model_dump(mode="json"), "run_dir": str(run_dir)}
-    return dict(on_workers(config, eval_worker, job))
+    return Evaluation(*on_workers(config, eval_worker, job))
 
 
-def evaluate_here(config: Config, run_dir: Path, world: World) -> Document:
+def open_for(config: Config, facts: DataFacts) -> DataSplits:
+    """The data set, its labels numbered as the run numbers its classes; `UserError` where that cannot be."""
+    splits = open_splits(config.data, facts.classes if facts.fingerprint else None)
+    check_evaluable(config, splits)
+    if len(splits.classes) != len(facts.classes):
+        have = len(splits.classes)
+        raise UserError(f"data.root={config.data.root}: {have} classes, but the run has {len(facts.classes)}")
+    return splits
+
+
+def evaluate_here(config: Config, run_dir: Path, world: World) -> Evaluation:
     """This worker's part; every rank returns the counts over all."""
-    splits = open_splits(config.data)
     state = newest_checkpoint(run_dir)
-    classes = len(state["data"]["classes"])
-    if classes != len(splits.classes):
-        raise UserError(f"data.root={config.data.root}: {len(splits.classes)} classes, but the run has {classes}")
-    learner = Learner(config, len(splits.classes), world)
+    facts = DataFacts.from_dict(state["data"])
+    splits = open_for(config, facts)
+    learner = Learner(config, len(facts.classes), world)
     learner.networks.load_state_dict(state["learner"]["networks"])
     subset = splits.test or splits.held_out
     assert subset is not None
-    batches = EvalBatches(subset, config, rank=world.rank, world=world.size, device=world.device)
-    return {net: document(counts) for net, counts in learner.evaluate(batches).items()}
+    batches = EvalBatches(subset, config, facts.preparation, rank=world.rank, world=world.size, device=world.device)
+    counts: dict[str, dict[str, float | int]] = {n: document(own) for n, own in learner.evaluate(batches).items()}
+    return Evaluation(counts, of_all_workers(batches.broken, config.data, world))
 
 
 def document(counts: Counts) -> dict[str, float | int]:
@@ -64,37 +84,7 @@ def document(counts: Counts) -> dict[str, float | int]:
     }
 
 
-def eval_worker(job: dict[str, Any]) -> Document:
+def eval_worker(job: dict[str, Any]) -> tuple[Any, ...]:
     """One worker of Ray Train."""
     config = validate(Config, job["config"], "job")
-    return evaluate_here(config, Path(job["run_dir"]), ray_world(config))
-
-
-def predict(config: Config, run_dir: Path, images: list[Path], top: int = 5) -> list[dict[str, Any]]:
-    """For every image and network the most probable classes: {"image", "network", "classes": {name: probability}}."""
-    from PIL import Image, UnidentifiedImageError
-
-    state = newest_checkpoint(run_dir)
-    facts = state["data"]
-    pictures = []
-    for path in images:
-        try:
-            picture = Image.open(path)
-            picture.load()
-            pictures.append(picture)
-        except (OSError, UnidentifiedImageError) as err:
-            raise UserError(f"{path}: not a readable image: {err}") from err
-    learner = Learner(config, len(facts["classes"]), World(0, 1, pick_device(config.ray.use_gpu)))
-    learner.networks.load_state_dict(state["learner"]["networks"])
-    learner.networks.eval()
-    pixels = preprocess(pictures, config, tuple(facts["mean"]), tuple(facts["std"])).to(learner.world.device)
-    with torch.no_grad():
-        features = learner.networks.features(pixels)
-    out = []
-    for i, path in enumerate(images):
-        for net, own in features.items():
-            chances = own.logits[i].softmax(0)
-            order = chances.topk(min(top, len(chances))).indices.tolist()
-            classes = {facts["classes"][j]: round(float(chances[j]), 6) for j in order}
-            out.append({"image": str(path), "network": net, "classes": classes})
-    return out
+    return tuple(evaluate_here(config, Path(job["run_dir"]), ray_world(config)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bootvit.config import Config, Network, ScheduleConfig
 from bootvit.data.batches import Batch
+from bootvit.errors import RunFailed
 from bootvit.models import Features
 from bootvit.models.sync import synchronise_norms
 from bootvit.models.vit import vit_features
@@ -212,7 +214,10 @@ class Learner:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> dict[Network, Counts]:
-        """Correct and total over all workers; no padding, so any batch size and worker count count the same."""
+        """Correct and total over all workers; no padding, so any batch size and worker count count the same.
+
+        Raises `RunFailed` where no image could be read, or a network's loss is no longer finite.
+        """
         self.networks.eval()
         self._share_buffers()
         counts = torch.zeros(len(self.config.networks), 4, dtype=torch.float64, device=self.world.device)
@@ -222,10 +227,19 @@ class Learner:
             counts += torch.stack([count(own.logits, batch.labels) for own in features.values()])
         if self.world.size > 1:
             dist.all_reduce(counts)
-        return {
+        out = {
             net: Counts(int(row[0]), int(row[1]), int(row[2]), float(row[3]))
             for net, row in zip(self.config.networks, counts.cpu(), strict=True)
         }
+        for net, own in out.items():
+            if not own.total:
+                raise RunFailed("none of the images of the evaluation can be read")
+            if not math.isfinite(own.loss_sum):
+                raise RunFailed(
+                    f"the evaluation's loss is not finite: {net}={own.loss_sum} (after few steps BatchNorm's young "
+                    "statistics can overflow: schedule.eval_every evaluates later)"
+                )
+        return out
 
     def _share_buffers(self) -> None:
         """Unsynchronised BatchNorm statistics differ between workers: rank 0's are the ones that are kept."""
@@ -234,6 +248,12 @@ class Learner:
                 dist.broadcast(buffer, src=0)
 
     # ------------------------------------------------------------------------------------------ state
+
+    def not_finite(self) -> str | None:
+        """The name of a weight or BatchNorm statistic that is not finite any more; None if all are."""
+        named = [(name, value) for name, value in self.networks.state_dict().items() if value.is_floating_point()]
+        finite = torch.stack([value.isfinite().all() for _, value in named]).tolist()
+        return next((name for (name, _), ok in zip(named, finite, strict=True) if not ok), None)
 
     def state_dict(self) -> dict[str, Any]:
         """Weights, BatchNorm statistics and optimiser moments."""
@@ -281,11 +301,12 @@ def seed_from(*numbers: int) -> None:
 def count(logits: Tensor, labels: Tensor) -> Tensor:
     """(correct, correct among the first five, total, summed cross entropy) of a batch, (4,) float64.
 
-    An image whose logits are not finite is wrong: BatchNorm's young statistics can overflow in the first steps.
+    One logit that is not finite makes the cross entropy nan.
     """
     logits = logits.double()
     top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (batch, 5)
-    hit = (top == labels[:, None]) & logits.isfinite().all(1, keepdim=True)
+    hit = top == labels[:, None]
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
+    loss = torch.where(logits.isfinite().all(), loss, torch.nan)
     total = torch.tensor(len(labels), device=logits.device)
     return torch.stack([hit[:, 0].sum(), hit.sum(), total, loss]).double()

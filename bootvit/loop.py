@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -13,8 +14,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from bootvit import checkpoint
-from bootvit.config import Config, Network
-from bootvit.data import DataSplits, open_splits
+from bootvit.config import Config, DataConfig, Network
+from bootvit.data import DataFacts, DataSplits, facts_of, open_splits
 from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
@@ -22,6 +23,7 @@ from bootvit.learner import Counts, Learner, World
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
 
+NAMED = 20  # broken images that result.json names; it counts all
 Scores = dict[Network, Counts]
 TestUse = Literal["auto", "last", "never"]
 
@@ -43,6 +45,11 @@ class Progress:
     seconds: float = 0.0
     images: int = 0
     train_seconds: float = 0.0
+    skipped: dict[str, str] = field(default_factory=dict)  # broken images left out: {image: reason}
+
+    def add_skipped(self, broken: dict[str, str], data: DataConfig, world: World) -> None:
+        """Remember the broken images that any worker has left out."""
+        self.skipped |= of_all_workers(broken, data, world)
 
 
 def fit(
@@ -77,9 +84,11 @@ def epochs(
     splits = open_splits(config.data)
     check_evaluable(config, splits)
     learner = Learner(config, len(splits.classes), world)
-    at = restore(learner, folder)
+    at, facts = restore(learner, folder, facts_of(splits, config))
     before = at.seconds
-    batches = TrainBatches(splits.train, config, rank=world.rank, world=world.size, device=world.device)
+    batches = TrainBatches(
+        splits.train, config, facts.preparation, rank=world.rank, world=world.size, device=world.device
+    )
     journal = open_journal(folder, at.step) if world.rank == 0 else None
     total = total_steps(config, batches.steps_per_epoch)
     scores: dict[str, Scores] = {}
@@ -87,22 +96,35 @@ def epochs(
         train_epoch(config, learner, batches, at, total, journal, folder)
         at.epoch += 1
         last = at.step >= total
+        check_finite(learner, at.step, folder)
+        at.add_skipped(batches.broken, config.data, world)
         metrics: dict[str, float] = {}
         if last or at.epoch % config.schedule.eval_every == 0:
-            scores = evaluate_splits(config, learner, splits, test, last)
+            with telling_what_is_left(folder):
+                scores = evaluate_splits(config, learner, splits, facts, at, test, last)
             metrics = write_scores(scores, at, journal, folder)
+        if at.skipped:
+            write(journal, folder, {"data/skipped": len(at.skipped)}, at.step, at.epoch - 1)
         at.seconds = before + time.monotonic() - started
         if world.rank == 0:
             folder.check_lease()
-            state = {"learner": learner.state_dict(), "progress": vars(at), "data": describe(splits)}
+            state = {"learner": learner.state_dict(), "progress": vars(at), "data": facts.to_dict()}
             checkpoint.save(folder.checkpoints, state, epoch=at.epoch, step=at.step, final=last, keep=keep)
         yield EpochReport(at.epoch, at.step, metrics)
     if not scores:  # resumed after the last checkpoint, before the result was written
-        scores = evaluate_splits(config, learner, splits, test, last=True)
+        scores = evaluate_splits(config, learner, splits, facts, at, test, last=True)
     result = summarise(config, splits, at, scores, folder, world)
     if world.rank == 0:
         folder.write_result(result)
     return result
+
+
+def of_all_workers(broken: dict[str, str], data: DataConfig, world: World) -> dict[str, str]:
+    """The broken images {image: reason} that any worker has left out; empty with data.on_error=raise."""
+    found: list[dict[str, str]] = [broken] * world.size
+    if world.size > 1 and data.on_error == "skip":
+        dist.all_gather_object(found, broken)
+    return {where: reason for one in found for where, reason in one.items()}
 
 
 def train_epoch(
@@ -160,7 +182,7 @@ class Meter:
         for row, (step, _) in zip(values.tolist(), self.places, strict=True):
             if not all(map(math.isfinite, row)):
                 terms = ", ".join(f"{name}={value:g}" for name, value in zip(names, row, strict=True))
-                raise RunFailed(f"the loss is not finite at step {step}: {terms}; the last checkpoint is kept")
+                raise RunFailed(f"the loss is not finite at step {step}: {terms}{what_is_left(self.folder)}")
         now = time.monotonic()
         step, epoch = self.places[-1]
         metrics = {f"train/{name}": value for name, value in zip(names, values.mean(0).tolist(), strict=True)}
@@ -170,18 +192,49 @@ class Meter:
         self.rows, self.places, self.images, self.since = [], [], 0, now
 
 
+def check_finite(learner: Learner, step: int, folder: RunFolder) -> None:
+    """Raise `RunFailed` if the last update has broken the weights: no loss has told of it yet."""
+    name = learner.not_finite()
+    if name is not None:
+        raise RunFailed(f"the weights are not finite after step {step}: {name}{what_is_left(folder)}")
+
+
+def what_is_left(folder: RunFolder) -> str:
+    """The end of a failed run's message: the checkpoint that it leaves, whose weights are always finite."""
+    saved = checkpoint.described(folder.checkpoints)
+    return f"; the checkpoint of step {saved[-1].step} is kept" if saved else "; there is no checkpoint yet"
+
+
+@contextmanager
+def telling_what_is_left(folder: RunFolder) -> Iterator[None]:
+    """End the message of a `RunFailed` raised inside with `what_is_left`."""
+    try:
+        yield
+    except RunFailed as err:
+        raise RunFailed(f"{err}{what_is_left(folder)}") from err
+
+
 def evaluate_splits(
-    config: Config, learner: Learner, splits: DataSplits, test: TestUse, last: bool
+    config: Config,
+    learner: Learner,
+    splits: DataSplits,
+    facts: DataFacts,
+    at: Progress,
+    test: TestUse,
+    last: bool,
 ) -> dict[str, Scores]:
     """Counts on the held-out part and, where `test` allows it now, on the test set."""
     now = test != "never" and (last or (test == "auto" and splits.held_out is None))
     wanted: dict[str, Subset | None] = {"held_out": splits.held_out, "test": splits.test if now else None}
     world = learner.world
-    return {
-        name: learner.evaluate(EvalBatches(subset, config, rank=world.rank, world=world.size, device=world.device))
-        for name, subset in wanted.items()
-        if subset is not None
-    }
+    scores: dict[str, Scores] = {}
+    for name, subset in wanted.items():
+        if subset is None:
+            continue
+        batches = EvalBatches(subset, config, facts.preparation, rank=world.rank, world=world.size, device=world.device)
+        scores[name] = learner.evaluate(batches)
+        at.add_skipped(batches.broken, config.data, world)
+    return scores
 
 
 def write_scores(
@@ -219,14 +272,16 @@ def check_evaluable(config: Config, splits: DataSplits) -> None:
         raise UserError(f"data.root={config.data.root}: no test or val split; set data.held_out, such as 0.1")
 
 
-def restore(learner: Learner, folder: RunFolder) -> Progress:
-    """Load the newest verified checkpoint, if there is one."""
+def restore(learner: Learner, folder: RunFolder, facts: DataFacts) -> tuple[Progress, DataFacts]:
+    """Load the newest verified checkpoint, if there is one, and what it knows of its data; `facts` are today's."""
     saved = checkpoint.newest(folder.checkpoints)
     if saved is None:
-        return Progress()
+        return Progress(), facts
     state = checkpoint.load(saved.path)
+    known = DataFacts.from_dict(state["data"])
+    known.check_same(facts, f"{folder.path}: cannot resume")
     learner.load_state_dict(state["learner"])
-    return Progress(**state["progress"])
+    return Progress(**state["progress"]), known if known.fingerprint else facts
 
 
 def open_journal(folder: RunFolder, step: int) -> Journal:
@@ -235,16 +290,6 @@ def open_journal(folder: RunFolder, step: int) -> Journal:
     journal = Journal(folder.journal)
     journal.cut(step)
     return journal
-
-
-def describe(splits: DataSplits) -> dict[str, Any]:
-    """What evaluation and prediction need of the data, kept in the checkpoint."""
-    return {
-        "classes": list(splits.classes),
-        "mean": list(splits.mean),
-        "std": list(splits.std),
-        "fingerprint": splits.fingerprint,
-    }
 
 
 def summarise(
@@ -274,6 +319,8 @@ def summarise(
         "data_fingerprint": splits.fingerprint,
         "subset_digest": splits.train.digest,
         "steps": at.step,
+        "skipped": len(at.skipped),
+        "skipped_images": [f"{where}: {reason}" for where, reason in sorted(at.skipped.items())][:NAMED],
         "git": None,
         "mlflow_run_id": None,
     }

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from bootvit import checkpoint
 from bootvit.config import Config, dump_config, flatten, load_config
+from bootvit.data.facts import DataFacts
 from bootvit.errors import RunFailed, UserError
 
 # what may differ between a run and its resumption: where and how fast it runs, not what it computes
@@ -76,7 +77,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
     if state != "absent" and overwrite and not resume:
         shutil.rmtree(path)
         state = "absent"
-    if state == "unfinished":
+    if state != "absent":
         check_same_run(config, path)
     if state == "finished":
         return RunFolder(path), state
@@ -101,6 +102,19 @@ def check_same_run(config: Config, path: Path) -> None:
     for key, value in now.items():
         if was.get(key) != value and not key.startswith(FREE_ON_RESUME):
             raise UserError(f"{path}: cannot resume with {key}={value}: the run was started with {key}={was.get(key)}")
+
+
+def known_data(path: Path) -> DataFacts | None:
+    """What a run knows of its data; None before its first checkpoint."""
+    saved = checkpoint.newest(path / "checkpoints")
+    return DataFacts.from_dict(checkpoint.load(saved.path)["data"]) if saved else None
+
+
+def check_same_data(config: Config, facts: DataFacts) -> None:
+    """Refuse to resume a run on other images or classes than its own; they may lie elsewhere."""
+    known = known_data(config.run_dir) if run_state(config.run_dir) != "absent" else None
+    if known is not None:
+        known.check_same(facts, f"{config.run_dir}: cannot resume")
 
 
 def open_run(name: str) -> tuple[Config, RunFolder]:

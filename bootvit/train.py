@@ -18,13 +18,13 @@ from typing import Any, Literal
 import torch
 
 from bootvit import checkpoint
-from bootvit.config import Config, make_config, merge, nest, parse_override, validate
-from bootvit.data import DataSplits, open_splits
+from bootvit.config import Config, flatten, load_config, make_config, merge, nest, override, parse_override, validate
+from bootvit.data import DataSplits, facts_of, open_splits
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
 from bootvit.progress import follow_progress
-from bootvit.runs import RunFolder, claim
+from bootvit.runs import RunFolder, check_same_data, claim
 from bootvit.tracking import MlflowRun, follow, mlflow_available, run_tags, source_version
 
 
@@ -41,11 +41,14 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
         pick_device(config.ray.use_gpu)
     else:
         start_ray(config)
+    if resume:
+        check_same_data(config, facts_of(splits, config))
     run = run_local if local else run_under_ray
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
         print(f"{folder.path} is finished; nothing to do")
-        if (tracked := open_tracking(config, folder, splits)) is not None:
+        was = override(load_config(str(folder.config)), {"tracking": config.tracking.model_dump(mode="json")})
+        if (tracked := open_tracking(was, folder, splits)) is not None:
             tracked.sync()  # what a server that was down has not got yet
         return dict(checkpoint.read_json(folder.result))
     with following(config, folder, splits) as tracked:
@@ -303,11 +306,18 @@ def ray_world(config: Config) -> World:
     return World(context.get_world_rank(), context.get_world_size(), get_device())
 
 
-def with_overrides(config: Config, overrides: Sequence[str]) -> Config:
-    """A run's config with `KEY=VALUE` overrides, checked again."""
+def with_overrides(config: Config, overrides: Sequence[str], free: tuple[str, ...]) -> Config:
+    """A run's config with `KEY=VALUE` overrides of keys that begin as one of `free` says, checked again."""
     data = config.model_dump(mode="json")
     origins = {}
     for text in overrides:
         key, value = parse_override(text)
         data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
-    return make_config(data, config.name, origins)
+    changed = make_config(data, config.name, origins)
+    was = flatten(config)
+    for key, value in flatten(changed).items():
+        if was.get(key) != value and not key.startswith(free):
+            raise UserError(
+                f"{key}={value}: the run was trained with {was.get(key)}; only {', '.join(free)} may differ"
+            )
+    return changed

@@ -107,8 +107,7 @@ BAD = [
     (broken_result, ["train", "tiny.yaml", "--local", "--resume"], "result.json: not readable as JSON"),
     (no_checkpoint, ["eval", "tiny", "--local"], "no usable checkpoint"),
     (nothing, ["eval", "gone", "--local"], "gone: no run is there"),
-    (text_as_image, ["predict", "tiny", "cat.jpg"], "cat.jpg: not a readable image"),
-    (text_as_image, ["predict", "tiny", "dog.jpg"], "dog.jpg"),
+    (text_as_image, ["predict", "tiny", "cat.jpg", "dog.jpg"], "dog.jpg: no such file"),
     (nothing, ["report"], "runs"),
     (nothing, ["data", "info", "tiny.yaml", "data.source=imagefolder", "data.root=none"], "none"),
 ]

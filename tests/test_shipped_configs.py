@@ -15,7 +15,7 @@ RUNS = sorted(p for p in SHIPPED.rglob("*.yaml") if not {"presets", "sweeps"} & 
 FROM_SCRATCH = ["model.vit.weights=null", "model.agent.weights=null"]  # there is no hub in a test
 SMOKE = [
     "data={source: digits, root: null, image_size: 32, batch_size: 4, fraction: 0.05, eval_batch_size: 64}",
-    "schedule.max_steps=2",
+    "schedule.max_steps=4",
     "precision=fp32",
     "tracking.enabled=false",
 ]
@@ -44,4 +44,4 @@ def test_every_row_of_the_paper_trains(path: Path, tmp_path: Path) -> None:
     result = fit(config, ONE, folder, test="never" if config.data.held_out else "auto")
     assert result["status"] == "finished"
     assert set(result["final"]) == set(config.networks)
-    assert result["steps"] == 2
+    assert result["steps"] == 4

@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 
-from bootvit.config import DataConfig
-from bootvit.data.batches import Batch, EvalBatches, TrainBatches, preprocess, way_of
+from bootvit.config import Config, DataConfig
+from bootvit.data.batches import Batch, EvalBatches, TrainBatches, preparation_of, preprocess, way_of
+from bootvit.data.facts import DataFacts, Preparation
 from bootvit.data.fractions import Subset, select, whole
 from bootvit.data.sources import open_table
 from bootvit.data.table import RGB, ImageTable
@@ -14,11 +15,14 @@ from bootvit.errors import UserError
 
 __all__ = [
     "Batch",
+    "DataFacts",
     "DataSplits",
     "EvalBatches",
     "ImageTable",
+    "Preparation",
     "Subset",
     "TrainBatches",
+    "facts_of",
     "open_splits",
     "open_table",
     "preprocess",
@@ -38,9 +42,10 @@ class DataSplits:
     mean: RGB
     std: RGB
     fingerprint: str  # 32 hex digits of the whole data set, whatever the fraction
+    notes: tuple[str, ...] = ()  # what was assumed about the data
 
 
-def open_splits(data: DataConfig) -> DataSplits:
+def open_splits(data: DataConfig, classes: tuple[str, ...] | None = None) -> DataSplits:
     """Open the source and choose the images to train on, to select with and to test on."""
     table = open_table(data, "train")
     if table is None:
@@ -57,3 +62,8 @@ def open_splits(data: DataConfig) -> DataSplits:
         std=table.std,
         fingerprint=hashlib.sha256(prints.encode()).hexdigest()[:32],
     )
+
+
+def facts_of(splits: DataSplits, config: Config) -> DataFacts:
+    """What a run that begins on this data will know of it."""
+    return DataFacts(splits.classes, splits.fingerprint, preparation_of(splits.train.table, config))

@@ -15,14 +15,15 @@ from torch import Tensor
 from bootvit.config import Config, DataConfig
 from bootvit.data.augment import CROP_NUMBERS
 from bootvit.data.decode import to_rgb
+from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
-from bootvit.data.loaders import Batch, MemoryLoader, Numbers, Piece, Way, WorkerLoader
+from bootvit.data.loaders import Batch, Cut, MemoryLoader, Numbers, Piece, Way, WorkerLoader
 from bootvit.data.randomness import permutation, uniforms
-from bootvit.data.resize import AREA_NUMBERS, centre_crop, enlarge, normalise
+from bootvit.data.resize import AREA_NUMBERS, normalise
 from bootvit.data.table import ImageTable
 from bootvit.errors import UserError
 
-__all__ = ["Batch", "EvalBatches", "TrainBatches", "piece", "preprocess", "way_of"]
+__all__ = ["Batch", "EvalBatches", "TrainBatches", "piece", "preparation_of", "preprocess", "way_of"]
 
 
 def way_of(table: ImageTable, data: DataConfig) -> Way:
@@ -30,6 +31,12 @@ def way_of(table: ImageTable, data: DataConfig) -> Way:
     augment = table.auto if data.augment == "auto" else data.augment
     small = augment == "crop" or (augment == "none" and table.native is not None)
     return Way("memory" if small else "workers", augment)
+
+
+def preparation_of(table: ImageTable, config: Config) -> Preparation:
+    """How a run that is trained on this table prepares its evaluation images."""
+    whole = way_of(table, config.data).place == "memory"
+    return Preparation("resize" if whole else "centre_crop", config.image_size, table.mean, table.std)
 
 
 def piece(step: int, batch: int, total: int, rank: int, world: int) -> Piece:
@@ -42,11 +49,21 @@ def piece(step: int, batch: int, total: int, rank: int, world: int) -> Piece:
 
 
 class TrainBatches:
-    """The training batches of one worker."""
+    """The training batches of one worker; `preparation` is the run's, or what the subset's own table gives."""
 
-    def __init__(self, subset: Subset, config: Config, *, rank: int, world: int, device: torch.device | str) -> None:
+    def __init__(
+        self,
+        subset: Subset,
+        config: Config,
+        preparation: Preparation | None = None,
+        *,
+        rank: int,
+        world: int,
+        device: torch.device | str,
+    ) -> None:
         self._way = way_of(subset.table, config.data)
-        self._loader = _loader(subset, config, self._way, torch.device(device))
+        prepared = preparation or preparation_of(subset.table, config)
+        self._loader = _loader(subset, config.data, prepared, self._way, torch.device(device))
         self._seed, self._rank, self._world = config.seed, rank, world
         self._total = len(self._loader)
         self._batch = min(config.data.batch_size, self._total)
@@ -55,9 +72,9 @@ class TrainBatches:
         self.steps_per_epoch = self._total // self._batch
 
     @property
-    def skipped(self) -> int:
-        """Broken images left out so far (data.on_error=skip); loading processes meet them as they go."""
-        return self._loader.skipped
+    def broken(self) -> dict[str, str]:
+        """{image: reason} of those left out so far (data.on_error=skip); loading processes meet them as they go."""
+        return self._loader.broken
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` on."""
@@ -75,44 +92,48 @@ class TrainBatches:
 
 
 class EvalBatches:
-    """Every image of a subset once over all workers, without augmentation or padding."""
+    """Every image of a subset once over all workers, without augmentation or padding; arguments as `TrainBatches`."""
 
-    def __init__(self, subset: Subset, config: Config, *, rank: int, world: int, device: torch.device | str) -> None:
-        way = Way(way_of(subset.table, config.data).place, "none")
-        self._loader = _loader(subset, config, way, torch.device(device))
+    def __init__(
+        self,
+        subset: Subset,
+        config: Config,
+        preparation: Preparation | None = None,
+        *,
+        rank: int,
+        world: int,
+        device: torch.device | str,
+    ) -> None:
+        prepared = preparation or preparation_of(subset.table, config)
+        in_memory = prepared.kind == "resize" and subset.table.native is not None
+        way = Way("memory" if in_memory else "workers", "none")
+        self._loader = _loader(subset, config.data, prepared, way, torch.device(device))
         self._rank, self._world, self._batch = rank, world, config.data.eval_batch_size
 
     @property
-    def skipped(self) -> int:
-        """Broken images left out so far (data.on_error=skip); loading processes meet them as they go."""
-        return self._loader.skipped
+    def broken(self) -> dict[str, str]:
+        """{image: reason} of those left out so far (data.on_error=skip); loading processes meet them as they go."""
+        return self._loader.broken
 
     def __iter__(self) -> Iterator[Batch]:
         total = len(self._loader)
         steps = range(-(-total // self._batch))
         pieces = [piece(step, self._batch, total, self._rank, self._world) for step in steps]
         mine = [part for part in pieces if part.stop > part.start]
-        yield from self._loader.load(mine, np.arange(total), None)
+        for batch in self._loader.load(mine, np.arange(total), None):
+            if len(batch.labels):  # all of a batch's images may be broken
+                yield batch
 
 
-def _loader(subset: Subset, config: Config, way: Way, device: torch.device) -> MemoryLoader | WorkerLoader:
+def _loader(
+    subset: Subset, data: DataConfig, preparation: Preparation, way: Way, device: torch.device
+) -> MemoryLoader | WorkerLoader:
     kind = MemoryLoader if way.place == "memory" else WorkerLoader
-    return kind(subset, config, way, device)
+    return kind(subset, data, preparation, way.augment, device)
 
 
-def preprocess(images: Sequence[Image.Image], config: Config, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """Evaluation preprocessing of images of any mode and size: (n, 3, rows, cols) float32.
-
-    Sources of small images, and images of at most 96 px under `data.augment: auto | none`, are resized as they are;
-    `crop` says small, `area` says large.
-    """
-    pixels = [np.asarray(_evaluated(to_rgb(image), config)) for image in images]
-    stacked = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2)
-    return normalise(stacked, mean, std)
-
-
-def _evaluated(image: Image.Image, config: Config) -> Image.Image:
-    small = config.data.source in ("digits", "cifar10", "cifar100") or max(image.size) <= 96
-    if config.data.augment == "crop" or (config.data.augment != "area" and small):
-        return enlarge(image, config.image_size)
-    return centre_crop(image, config.image_size)
+def preprocess(images: Sequence[Image.Image], preparation: Preparation) -> Tensor:
+    """Evaluation images of any mode and size: (n, 3, rows, cols) float32."""
+    cut = Cut(preparation.size, preparation.kind, flip=False)
+    pixels = torch.from_numpy(np.stack([cut(to_rgb(image), ()) for image in images]))
+    return normalise(pixels.permute(0, 3, 1, 2), preparation.mean, preparation.std)

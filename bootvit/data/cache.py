@@ -1,7 +1,8 @@
 """Decoded or mapped images, made once per node and shared by all its processes.
 
 The folder is BOOTVIT_CACHE, else `bootvit-<uid>` in the platform's temporary folder; it may be deleted at any time.
-Each entry is a folder named by what it was made from, built under a lock and renamed when it is complete.
+Each entry is a folder named by what it was made from, built under a lock and renamed when it is complete. Its
+`sizes.json` lists its files: an entry that has lost one, to a cleaner of temporary folders, is made again.
 """
 
 from __future__ import annotations
@@ -9,13 +10,14 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -24,9 +26,10 @@ import pyarrow as pa
 from bootvit.data.decode import BrokenImage, decode
 from bootvit.data.fractions import Subset
 from bootvit.data.table import ArrowImages
-from bootvit.errors import UserError
+from bootvit.errors import RunFailed, UserError
 
 CHUNK = 64 << 20  # bytes of encoded images per record batch
+SIZES = "sizes.json"  # in each entry, written last
 
 
 class Decoded(NamedTuple):
@@ -41,7 +44,8 @@ def cache_folder() -> Path:
     """The node's cache folder; it is made if needed, for this user alone."""
     given = os.environ.get("BOOTVIT_CACHE")
     folder = Path(given) if given else Path(tempfile.gettempdir()) / f"bootvit-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with not_written_named(folder):
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     if not given and folder.stat().st_uid != os.getuid():
         raise UserError(f"{folder} belongs to another user: set BOOTVIT_CACHE to a folder of your own")
     return folder
@@ -71,17 +75,43 @@ def _entry(kind: str, subset: Subset, build: Callable[[Path], None]) -> Path:
     made_from = hashlib.sha256(f"{kind} {subset.table.fingerprint} {subset.digest} ".encode())
     made_from.update(subset.table.images.stamp(subset.indices))
     target = folder / f"{kind}-{made_from.hexdigest()[:32]}"
-    if target.is_dir():
+    if is_whole(target):
         return target
-    with _locked(folder / f"{target.name}.lock"):
-        if not target.is_dir():
-            place = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=folder))
-            try:
-                build(place)
-                place.rename(target)
-            finally:
-                shutil.rmtree(place, ignore_errors=True)  # gone if it was renamed
+    with not_written_named(folder), _locked(folder / f"{target.name}.lock"):
+        if is_whole(target):
+            return target
+        shutil.rmtree(target, ignore_errors=True)
+        place = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=folder))
+        try:
+            build(place)
+            sizes = {path.name: path.stat().st_size for path in place.iterdir()}
+            (place / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+            place.rename(target)
+        finally:
+            shutil.rmtree(place, ignore_errors=True)  # gone if it was renamed
     return target
+
+
+def is_whole(entry: Path) -> bool:
+    """Whether an entry is there with all its files in their sizes."""
+    try:
+        sizes: dict[str, int] = json.loads((entry / SIZES).read_text(encoding="utf-8"))
+        return all((entry / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
+
+
+@contextmanager
+def not_written_named(folder: Path) -> Iterator[None]:
+    """An `OSError` inside, such as of a full disk, becomes one line that names the cache and what to set."""
+    try:
+        yield
+    except OSError as err:
+        free = f"; {shutil.disk_usage(folder).free >> 20} MiB are free there" if folder.is_dir() else ""
+        raise RunFailed(
+            f"{folder}: the cache of decoded images cannot be written ({err.strerror or err}{free}): "
+            "make room, or set BOOTVIT_CACHE to another folder"
+        ) from err
 
 
 @contextmanager
@@ -92,39 +122,51 @@ def _locked(path: Path) -> Iterator[None]:
 
 
 def _decode_all(subset: Subset, folder: Path) -> None:
-    """Write pixels.npy, places.npy (place in the subset of each image) and broken.json."""
-    store: npt.NDArray[np.uint8] | None = None
+    """Write pixels.npy, places.npy (place in the subset of each image) and broken.json.
+
+    By ordinary writes: one into a mapped file on a full disk would kill the process.
+    """
     broken: dict[int, str] = {}
-    example = 0
-    for place, data in subset.table.images.scan(subset.indices):
-        try:
-            pixels = np.asarray(decode(data))
-        except BrokenImage as err:
-            broken[place] = str(err)
-            continue
-        if store is None:
-            shape = (len(subset), *pixels.shape)
-            store, example = np.lib.format.open_memmap(folder / "all.npy", "w+", np.uint8, shape), place
-        if pixels.shape != store.shape[1:]:
-            raise UserError(
-                f"{_sized(subset, place, pixels)}, but {_sized(subset, example, store[example])}: "
-                "images of several sizes need data.augment=area"
-            )
-        store[place] = pixels
+    shape: tuple[int, ...] | None = None
+    start = example = 0
+    with (folder / "all.npy").open("wb") as file:
+        for place, data in subset.table.images.scan(subset.indices):
+            try:
+                pixels = np.asarray(decode(data))
+            except BrokenImage as err:
+                broken[place] = str(err)
+                continue
+            if shape is None:
+                shape, example = pixels.shape, place
+                start = _begin_array(file, (len(subset), *shape))
+            if pixels.shape != shape:
+                raise UserError(
+                    f"{_sized(subset, place, pixels.shape)}, but {_sized(subset, example, shape)}: "
+                    "images of several sizes need data.augment=area"
+                )
+            file.seek(start + place * pixels.nbytes)
+            file.write(pixels.tobytes())
+        if shape is not None:
+            file.truncate(start + len(subset) * math.prod(shape))
     places = np.array([place for place in range(len(subset)) if place not in broken], np.int64)
-    if store is None:
-        store = np.zeros((0, 1, 1, 3), np.uint8)
-    if broken:
-        np.save(folder / "pixels.npy", store[places])
-        (folder / "all.npy").unlink(missing_ok=True)
-    else:
+    if not broken:
         (folder / "all.npy").rename(folder / "pixels.npy")
+    else:
+        whole = np.load(folder / "all.npy", mmap_mode="r") if len(places) else np.zeros((0, 1, 1, 3), np.uint8)
+        np.save(folder / "pixels.npy", whole[places])
+        (folder / "all.npy").unlink()
     np.save(folder / "places.npy", places)
     (folder / "broken.json").write_text(json.dumps(sorted(broken.items())), encoding="utf-8")
 
 
-def _sized(subset: Subset, place: int, pixels: npt.NDArray[np.uint8]) -> str:
-    return f"{subset.table.where(int(subset.indices[place]))} has {pixels.shape[0]}x{pixels.shape[1]} pixels"
+def _begin_array(file: BinaryIO, shape: tuple[int, ...]) -> int:
+    """Begin NumPy's file of a uint8 array; returns where its numbers start."""
+    np.lib.format.write_array_header_2_0(file, {"descr": "|u1", "fortran_order": False, "shape": shape})
+    return file.tell()
+
+
+def _sized(subset: Subset, place: int, shape: tuple[int, ...]) -> str:
+    return f"{subset.table.where(int(subset.indices[place]))} has {shape[0]}x{shape[1]} pixels"
 
 
 def _write_arrow(subset: Subset, folder: Path) -> None:

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import io
-import struct
-import zlib
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 from PIL import Image
 
-_PIL_FAILURES = (
-    OSError,  # truncated or unknown formats, and files that cannot be read
-    SyntaxError,  # PNG chunks
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    zlib.error,
-    Image.DecompressionBombError,
-)
+# of damaged or oversized but readable images Pillow warns once for each and process: `data check` is the place for it
+warnings.filterwarnings("ignore", module=r"PIL\..*")
 
 
 class BrokenImage(Exception):
     """One image that cannot be decoded; the message says why, the catcher knows which."""
+
+
+@contextmanager
+def failing_as_broken() -> Iterator[None]:
+    """Turn whatever is raised inside into `BrokenImage`.
+
+    Pillow's formats raise errors of any kind for damaged bytes (struct.error, KeyError, AttributeError,
+    RecursionError ...), and `MemoryError` for absurd sizes.
+    """
+    try:
+        yield
+    except BrokenImage:
+        raise
+    except Exception as err:
+        raise BrokenImage(" ".join(str(err).split())[:300] or type(err).__name__) from err
 
 
 def decode(data: bytes | memoryview) -> Image.Image:
@@ -33,16 +41,15 @@ def decode(data: bytes | memoryview) -> Image.Image:
     """
     if not len(data):
         raise BrokenImage("no bytes: the image is empty, missing or unreadable")
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return to_rgb(image)
-    except _PIL_FAILURES as err:
-        raise BrokenImage(" ".join(str(err).split()) or type(err).__name__) from err
+    with failing_as_broken(), Image.open(io.BytesIO(data)) as image:
+        if not min(image.size):
+            raise BrokenImage(f"it has {image.height}x{image.width} pixels")
+        return to_rgb(image)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """`image` in mode RGB; 16-bit grey keeps its upper 8 bits."""
-    if image.mode in ("I", "I;16", "I;16L", "I;16B"):
+    if image.mode.startswith("I"):
         grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
         return Image.fromarray(grey).convert("RGB")
     if image.mode == "P" and "transparency" in image.info:
@@ -52,11 +59,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def header_size(data: bytes | memoryview) -> tuple[int, int]:
     """(rows, columns) without decoding the pixels."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            return image.height, image.width
-    except _PIL_FAILURES as err:
-        raise BrokenImage(" ".join(str(err).split()) or type(err).__name__) from err
+    with failing_as_broken(), Image.open(io.BytesIO(data)) as image:
+        return image.height, image.width
 
 
 def encode_png(pixels: np.ndarray) -> bytes:

@@ -5,9 +5,11 @@ Kept in every checkpoint; `eval`, `predict`, `--resume`, warm starts and exports
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Self
+
+from bootvit.errors import UserError
 
 RGB = tuple[float, float, float]
 
@@ -37,6 +39,20 @@ class DataFacts:
         lists = {key: list(own[key]) for key in ("size", "mean", "std")}
         return made | {"classes": list(self.classes), "preparation": own | lists}
 
+    def check_same(self, other: DataFacts, what: str) -> None:
+        """Raise `UserError` unless these are the images and classes of `other`; anything fits data never seen."""
+        if not self.fingerprint:
+            if len(self.classes) != len(other.classes):
+                raise UserError(f"{what}: the run has {len(self.classes)} classes, the data has {len(other.classes)}")
+            return
+        if self.classes != other.classes:
+            raise UserError(f"{what}: its classes are {named(self.classes)}, those of data.root {named(other.classes)}")
+        if self.fingerprint != other.fingerprint:
+            raise UserError(
+                f"{what}: data.root holds other images than those it was trained on (fingerprint "
+                f"{other.fingerprint}, the run has {self.fingerprint}); name=... starts another run"
+            )
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
         """Inverse of `to_dict`."""
@@ -44,6 +60,12 @@ class DataFacts:
         rows, cols = own["size"]
         preparation = Preparation(own["kind"], (rows, cols), _rgb(own["mean"]), _rgb(own["std"]))
         return cls(tuple(data["classes"]), data["fingerprint"], preparation)
+
+
+def named(classes: Sequence[str]) -> str:
+    """The first few class names, for a message."""
+    more = f" ... ({len(classes)})" if len(classes) > 5 else ""
+    return ", ".join(classes[:5]) + more
 
 
 def _rgb(values: Any) -> RGB:

@@ -8,17 +8,14 @@ import numpy as np
 
 from bootvit.config import DataConfig
 from bootvit.data import open_splits, way_of
-from bootvit.data.decode import BrokenImage, decode
-from bootvit.data.fractions import Subset
-from bootvit.data.table import PixelImages
 
 
-def describe(data: DataConfig, *, check: bool = False) -> dict[str, Any]:
-    """The data set and the subset in use; with `check`, every image is decoded and the broken ones are counted."""
+def describe(data: DataConfig) -> dict[str, Any]:
+    """The data set and the subset in use."""
     splits = open_splits(data)
     table = splits.train.table
     way = way_of(table, data)
-    facts: dict[str, Any] = {
+    return {
         "source": data.source,
         "root": data.root,
         "train": len(splits.train),
@@ -34,25 +31,8 @@ def describe(data: DataConfig, *, check: bool = False) -> dict[str, Any]:
         "std": list(splits.std),
         "fingerprint": splits.fingerprint,
         "digest": splits.train.digest,
+        "notes": list(splits.notes),
     }
-    if check:
-        parts = [part for part in (splits.train, splits.held_out, splits.test) if part is not None]
-        facts["broken"] = [where for part in parts for where in broken_images(part)]
-    return facts
-
-
-def broken_images(subset: Subset) -> list[str]:
-    """Which images cannot be decoded, and why."""
-    images = subset.table.images
-    if isinstance(images, PixelImages):
-        return []
-    out = []
-    for place, data in images.scan(subset.indices):
-        try:
-            decode(data)
-        except BrokenImage as err:
-            out.append(f"{subset.table.where(int(subset.indices[place]))}: {err}")
-    return sorted(out)
 
 
 def fraction_report(data: DataConfig) -> dict[str, Any]:

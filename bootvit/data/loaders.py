@@ -7,26 +7,27 @@ the device. Others are read, cut and resized when they are needed, by `data.work
 from __future__ import annotations
 
 import multiprocessing
-import warnings
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
-from bootvit.config import Config, DataConfig
+from bootvit.config import DataConfig
 from bootvit.data.augment import pad_crop_flip
 from bootvit.data.cache import decoded, mapped
-from bootvit.data.decode import BrokenImage
+from bootvit.data.decode import BrokenImage, failing_as_broken
+from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
 from bootvit.data.resize import area_crop, centre_crop, enlarge, normalise, resize_batch
 from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
-from bootvit.errors import UserError
+from bootvit.errors import RunFailed, UserError
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -60,20 +61,20 @@ Numbers = Callable[[Piece], npt.NDArray[np.float64]] | None  # the uniform numbe
 class MemoryLoader:
     """Small images of one size: gathered from memory; everything else happens on the device."""
 
-    def __init__(self, subset: Subset, config: Config, way: Way, device: torch.device) -> None:
-        self._config, self._way, self._device, self._table = config, way, device, subset.table
+    def __init__(
+        self, subset: Subset, data: DataConfig, preparation: Preparation, augment: Augment, device: torch.device
+    ) -> None:
+        self._data, self._preparation, self._augment, self._device = data, preparation, augment, device
+        self.broken: dict[str, str] = {}  # {image: reason}
         if isinstance(subset.table.images, PixelImages):
             self._pixels, self._rows, self._labels = subset.table.images.pixels, subset.indices, subset.labels
-            broken: list[tuple[int, str]] = []
-        else:
-            self._pixels, places, broken = decoded(subset)
-            self._rows, self._labels = np.arange(len(places)), subset.labels[places]
-        self.skipped = len(broken)
-        if broken:
-            place, reason = broken[0]
-            _report(f"{subset.table.where(int(subset.indices[place]))}: {reason}", config.data)
-        if not len(self._rows):
-            raise UserError(f"{subset.table.where(0)}: none of the {len(subset)} images can be read")
+            return
+        self._pixels, places, broken = decoded(subset)
+        self._rows, self._labels = np.arange(len(places)), subset.labels[places]
+        for place, reason in broken:
+            leave_out(subset, place, reason, data, self.broken)
+        if not len(places):
+            raise none_readable(subset, self.broken)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,79 +86,118 @@ class MemoryLoader:
 
     def _batch(self, part: Piece, places: Rows, numbers: Numbers) -> Batch:
         raw = torch.from_numpy(np.ascontiguousarray(self._pixels[self._rows[places]]))
-        on_device = self._config.data.resize == "device"
+        on_device = self._data.resize == "device"
         images = (_to(raw, self._device) if on_device else raw).permute(0, 3, 1, 2)
-        if self._way.augment == "crop" and numbers is not None:
-            data = self._config.data
-            images = pad_crop_flip(images, numbers(part), data.crop_padding, flip=data.flip)
-        size = self._config.image_size
+        if self._augment == "crop" and numbers is not None:
+            images = pad_crop_flip(images, numbers(part), self._data.crop_padding, flip=self._data.flip)
+        size, mean, std = self._preparation.size, self._preparation.mean, self._preparation.std
         images = resize_batch(images, size) if on_device else _to(_resize_with_pil(images, size), self._device)
         labels = _to(torch.from_numpy(self._labels[places]), self._device)
-        return Batch(normalise(images, self._table.mean, self._table.std), labels, part.global_size)
+        return Batch(normalise(images, mean, std), labels, part.global_size)
 
 
 class WorkerLoader:
     """Images of any size: read, cut and resized by other processes, one whole batch at a time."""
 
-    def __init__(self, subset: Subset, config: Config, way: Way, device: torch.device) -> None:
-        self._subset, self._config, self._way, self._device = subset, config, way, device
+    def __init__(
+        self, subset: Subset, data: DataConfig, preparation: Preparation, augment: Augment, device: torch.device
+    ) -> None:
+        self._subset, self._data, self._preparation, self._device = subset, data, preparation, device
+        self._augment = augment
         self._source = _by_place(subset)
-        self._skipped: set[int] = set()
-
-    @property
-    def skipped(self) -> int:
-        """Different broken images met so far."""
-        return len(self._skipped)
+        self._through_pipes = False
+        self.broken: dict[str, str] = {}  # {image: reason}
 
     def __len__(self) -> int:
         return len(self._subset)
 
     def load(self, pieces: Sequence[Piece], order: Rows, numbers: Numbers) -> Iterator[Batch]:
         """One batch per piece."""
-        data, cuda = self._config.data, self._device.type == "cuda"
-        cut = Cut(self._config.image_size, self._way.augment if numbers is not None else "none", data.flip)
+        cuda = self._device.type == "cuda"
+        area = self._augment == "area" and numbers is not None
+        cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip)
         steps = _Steps(self._source, self._subset.labels, pieces, order, numbers, cut)
-        workers = min(data.workers, len(pieces))
+        workers = min(self._data.workers, len(pieces))
         loader: DataLoader[Loaded] = DataLoader(
             steps,
             batch_size=None,
             num_workers=workers,
+            collate_fn=_as_it_is,
             pin_memory=cuda,
             multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
             generator=torch.Generator(),  # else the loader would draw from torch's own
         )
-        batches = self._batches(pieces, loader)
+        batches = self._batches(pieces, loader, training=numbers is not None)
         return _one_ahead(batches) if cuda else batches
 
-    def _batches(self, pieces: Sequence[Piece], loader: DataLoader[Loaded]) -> Iterator[Batch]:
-        iterator = iter(loader)
+    def _batches(self, pieces: Sequence[Piece], loader: DataLoader[Loaded], *, training: bool) -> Iterator[Batch]:
+        iterator = None
         try:
             for part in pieces:
-                yield self._batch(part, next(iterator))
+                try:
+                    iterator = iterator or iter(loader)
+                    loaded = next(iterator)
+                except (RuntimeError, OSError) as err:
+                    raise self._died(err) from err
+                batch = self._batch(part, loaded)
+                if training and not len(batch.labels):
+                    raise none_readable(self._subset, self.broken)
+                yield batch
         finally:
             del iterator  # ends the processes now, and not when an error's traceback is collected
 
+    def _died(self, err: Exception) -> Exception:
+        """What to raise for an error of the loader: one line where a process has died or could not be started."""
+        text = str(err).splitlines()[0] if str(err) else type(err).__name__
+        if not text.startswith("DataLoader worker") and not isinstance(err, OSError):
+            return err
+        return RunFailed(
+            f"data.workers={self._data.workers}: a process that loads images has died or could not be started "
+            f"({text.split(' It is possible')[0]}): the machine may be out of memory; use fewer data.workers"
+        )
+
     def _batch(self, part: Piece, loaded: Loaded) -> Batch:
         for place, reason in loaded.broken:
-            if place not in self._skipped:
-                if not self._skipped:
-                    _report(
-                        f"{self._subset.table.where(int(self._subset.indices[place]))}: {reason}",
-                        self._config.data,
-                    )
-                self._skipped.add(place)
-        if not len(loaded.labels) and part.stop > part.start:
-            raise UserError(f"{self._subset.table.where(0)}: every image of a worker's part of a step is broken")
-        images = _to(loaded.images, self._device).permute(0, 3, 1, 2)
-        table = self._subset.table
-        return Batch(normalise(images, table.mean, table.std), _to(loaded.labels, self._device), part.global_size)
+            leave_out(self._subset, place, reason, self._data, self.broken)
+        pixels = loaded.images
+        if not isinstance(pixels, Tensor):
+            self._say_pipes()
+            pixels = torch.from_numpy(pixels)
+        images = _to(pixels, self._device).permute(0, 3, 1, 2)
+        labels = _to(torch.from_numpy(loaded.labels), self._device)
+        mean, std = self._preparation.mean, self._preparation.std
+        return Batch(normalise(images, mean, std), labels, part.global_size)
+
+    def _say_pipes(self) -> None:
+        if not self._through_pipes:
+            self._through_pipes = True
+            print(
+                "bootvit: warning: /dev/shm has no room for the images of data.workers, which come through pipes "
+                "instead, slower: give the container more shared memory (docker run --shm-size=2g)",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def leave_out(subset: Subset, place: int, reason: str, data: DataConfig, broken: dict[str, str]) -> None:
+    """Note a broken image in `broken`; a `UserError` that names it with `data.on_error=raise`."""
+    where = subset.table.where(int(subset.indices[place]))
+    if data.on_error == "raise":
+        raise UserError(f"{where}: {reason} (data.on_error=skip leaves broken images out)")
+    broken.setdefault(where, reason)
+
+
+def none_readable(subset: Subset, broken: dict[str, str]) -> UserError:
+    """The error of a subset that is wholly broken."""
+    where, reason = next(iter(broken.items()))
+    return UserError(f"none of the {len(subset)} images can be read; the first: {where}: {reason}")
 
 
 class Loaded(NamedTuple):
     """What a loading process hands over."""
 
-    images: Tensor  # (n, rows, cols, 3) uint8
-    labels: Tensor  # (n,) int64
+    images: Tensor | Pixels  # (n, rows, cols, 3) uint8, a tensor if it is in shared memory
+    labels: Rows  # (n,)
     broken: list[tuple[int, str]]  # place in the subset, reason
 
 
@@ -166,14 +206,14 @@ class Cut:
     """How one image of any size becomes one of the size wanted."""
 
     size: tuple[int, int]
-    augment: Augment
+    kind: Literal["area", "centre_crop", "resize"]
     flip: bool
 
     def __call__(self, image: Image.Image, numbers: Sequence[float]) -> Pixels:
-        """(rows, cols, 3)."""
-        if self.augment == "area":
+        """(rows, cols, 3); the numbers are for `area`."""
+        if self.kind == "area":
             return np.asarray(area_crop(image, self.size, numbers, flip=self.flip))
-        return np.asarray(centre_crop(image, self.size))
+        return np.asarray(centre_crop(image, self.size) if self.kind == "centre_crop" else enlarge(image, self.size))
 
 
 @dataclass(frozen=True)
@@ -192,17 +232,48 @@ class _Steps(Dataset[Loaded]):
 
     def __getitem__(self, step: int) -> Loaded:
         part = self.pieces[step]
-        places = self.order[part.start : part.stop]
+        places = self.order[part.start : part.stop].tolist()
         numbers = self.numbers(part).tolist() if self.numbers else [[]] * len(places)
-        images, kept, broken = [], [], []
-        for place, own in zip(places.tolist(), numbers, strict=True):
-            try:
-                images.append(self.cut(self.source(place), own))
-                kept.append(place)
-            except BrokenImage as err:
-                broken.append((place, str(err)))
+        images: list[Pixels] = []
+        kept: list[int] = []
+        broken: list[tuple[int, str]] = []
+        for place, own in zip(places, numbers, strict=True):
+            self._read(place, own, images, kept, broken)
+        if self.numbers and places and not kept:  # all workers must take this step: with the epoch's next sound image
+            for place in np.roll(self.order, -part.stop)[: len(self.order) - len(places)].tolist():
+                if self._read(place, numbers[0], images, kept, broken):
+                    break
         pixels = np.stack(images) if images else np.zeros((0, *self.cut.size, 3), np.uint8)
-        return Loaded(torch.from_numpy(pixels), torch.from_numpy(self.labels[kept]), broken)
+        return Loaded(_shared(pixels), self.labels[kept], broken)
+
+    def _read(
+        self, place: int, numbers: list[float], images: list[Pixels], kept: list[int], broken: list[tuple[int, str]]
+    ) -> bool:
+        try:
+            with failing_as_broken():
+                images.append(self.cut(self.source(place), numbers))
+        except BrokenImage as err:
+            broken.append((place, str(err)))
+            return False
+        kept.append(place)
+        return True
+
+
+def _shared(pixels: Pixels) -> Tensor | Pixels:
+    """In a loading process in shared memory, which spares copies; where there is no room for it, as it is."""
+    if get_worker_info() is None:
+        return torch.from_numpy(pixels)
+    try:
+        tensor = torch.from_numpy(pixels)
+        tensor.share_memory_()  # type: ignore[no-untyped-call]
+        return tensor
+    except RuntimeError:  # torch's own for a full /dev/shm; in the queue's thread it would be lost, and the batch too
+        return pixels
+
+
+def _as_it_is(loaded: Any) -> Any:
+    """In the place of torch's conversion, which would make tensors of the arrays."""
+    return loaded
 
 
 def _by_place(subset: Subset) -> Callable[[int], Image.Image]:
@@ -211,13 +282,6 @@ def _by_place(subset: Subset) -> Callable[[int], Image.Image]:
     if isinstance(images, ParquetImages):
         return mapped(subset).open
     return lambda place: images.open(int(subset.indices[place]))
-
-
-def _report(what: str, data: DataConfig) -> None:
-    """A broken image ends the run, or is said once."""
-    if data.on_error == "raise":
-        raise UserError(f"{what} (data.on_error=skip leaves broken images out)")
-    warnings.warn(f"left out: {what}; further broken images are only counted", stacklevel=3)
 
 
 def _resize_with_pil(images: Tensor, size: tuple[int, int]) -> Tensor:

@@ -10,6 +10,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ import pyarrow.parquet as pq
 
 from bootvit.config import DataConfig
 from bootvit.data.cache import mapped
-from bootvit.data.fractions import hash_ranks, whole
+from bootvit.data.check import check
+from bootvit.data.fractions import Subset, digest_of, hash_ranks, whole
 from bootvit.data.parquet import METADATA
-from bootvit.data.sources import open_table
-from bootvit.data.table import ImageTable, ParquetImages, Rows
+from bootvit.data.sources import fingerprint_of, open_table
+from bootvit.data.table import ArrowImages, FileImages, Images, ImageTable, ParquetImages, PixelImages, Rows
 from bootvit.errors import UserError
 
 GROUP_BYTES = 4 << 20  # image bytes in a row group, the least that is read at once
@@ -37,14 +39,14 @@ def pack(
     """Write `out`/train-00000.parquet ... (and test-...), complete or not at all; returns what was written."""
     _check(data, out)
     train = open_table(data, "train")
-    test = open_table(data, "test", like=train)
+    tables = {"train": train, "test": open_table(data, "test", like=train)}
+    sound = {split: _readable(table, split, data) for split, table in tables.items() if table is not None}
     out.parent.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
         files = 0
-        for split, table in (("train", train), ("test", test)):
-            if table is not None:
-                files += _write_split(table, place, split, group_bytes, file_bytes)
+        for split, table in sound.items():
+            files += _write_split(table, place, split, group_bytes, file_bytes)
         place.chmod(0o755)
         place.rename(out)  # fails if `out` has been filled meanwhile
     finally:
@@ -52,8 +54,9 @@ def pack(
     return {
         "out": str(out),
         "files": files,
-        "train": len(train) if train else 0,
-        "test": len(test) if test else 0,
+        "train": len(sound["train"]),
+        "test": len(sound["test"]) if "test" in sound else 0,
+        "left_out": sum(len(table) for table in tables.values() if table) - sum(map(len, sound.values())),
         "bytes": sum(path.stat().st_size for path in out.iterdir()),
     }
 
@@ -66,6 +69,37 @@ def _check(data: DataConfig, out: Path) -> None:
         )
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out}: exists and is not an empty folder")
+
+
+def _readable(table: ImageTable, split: str, data: DataConfig) -> ImageTable:
+    """The table without its broken images, all of which are read; with data.on_error=raise they are a `UserError`."""
+    broken = check(table, f"reading {split}").broken
+    if not broken:
+        return table
+    row, reason = next(iter(broken.items()))
+    if data.on_error == "raise":
+        more = f" ({len(broken)} such images)" if len(broken) > 1 else ""
+        raise UserError(f"{table.where(row)}: {reason}{more}; data.on_error=skip leaves broken images out")
+    kept = np.setdiff1d(np.arange(len(table)), np.array(list(broken), np.int64))
+    if not len(kept):
+        raise UserError(f"{table.where(row)}: {reason}; none of the {len(table)} images can be read")
+    return _only(table, kept)
+
+
+def _only(table: ImageTable, kept: Rows) -> ImageTable:
+    """Some rows of a table as a table."""
+    images: Images
+    if isinstance(table.images, ParquetImages):
+        images = mapped(Subset(table, kept, digest_of(table, kept)))
+    elif isinstance(table.images, FileImages):
+        images = replace(table.images, paths=table.images.paths.take(pa.array(kept)))
+    elif isinstance(table.images, ArrowImages):
+        images = replace(table.images, order=table.images.order[kept])
+    else:
+        images = PixelImages(table.images.pixels[kept])
+    rows = table.rows.take(pa.array(kept))
+    labels, keys = table.labels[kept], [table.keys[row] for row in kept]
+    return replace(table, rows=rows, images=images, fingerprint=fingerprint_of(images, labels, keys))
 
 
 def _write_split(table: ImageTable, place: Path, split: str, group_bytes: int, file_bytes: int) -> int:
@@ -136,7 +170,7 @@ def _columns(table: ImageTable, images: list[Any], rows: list[int]) -> dict[str,
 
 
 def _in_order(table: ImageTable) -> Iterator[tuple[int, bytes]]:
-    """(row, encoded image) in the order of packing; an image without bytes is a `UserError`."""
+    """(row, encoded image) in the order of packing."""
     order = packing_order(table)
     if isinstance(table.images, ParquetImages):  # copied first, because its rows cannot be read one by one
         subset = whole(table)
@@ -146,10 +180,7 @@ def _in_order(table: ImageTable) -> Iterator[tuple[int, bytes]]:
     else:
         scanned = table.images.scan(order)
     for at, data in scanned:
-        row = int(order[at])
-        if not data:
-            raise UserError(f"{table.where(row)}: cannot be read, or is empty")
-        yield row, data
+        yield int(order[at]), data
 
 
 def packing_order(table: ImageTable) -> Rows:

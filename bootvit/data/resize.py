@@ -16,6 +16,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from bootvit.data.decode import BrokenImage
+
 PRECISION = 22  # bits of a coefficient: 32, less 8 of a pixel and 2 to spare
 
 
@@ -144,6 +146,9 @@ def area_crop(image: Image.Image, size: tuple[int, int], numbers: Sequence[float
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and numbers[22] < 0.5 else part
 
 
+LARGEST = 1 << 28  # pixels of a resized image: one of 1x100000 would fill the memory
+
+
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     """Evaluation of large images: shrink so that 256/224 of `size` is just covered, then cut out the centre.
 
@@ -154,6 +159,8 @@ def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
         cols = max(cols, int(rows * image.width / image.height))
     else:
         rows = max(rows, int(cols * image.height / image.width))
+    if rows * cols > LARGEST:
+        raise BrokenImage(f"{image.height}x{image.width} pixels: too long to be cropped, {rows}x{cols} once resized")
     image = enlarge(image, (rows, cols))
     top, left = round((rows - size[0]) / 2), round((cols - size[1]) / 2)
     return image.crop((left, top, left + size[1], top + size[0]))

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from bootvit import checkpoint
 from bootvit.config import Config
-from bootvit.data import DataSplits, TrainBatches, open_splits
+from bootvit.data import DataFacts, DataSplits, Preparation, TrainBatches, facts_of, open_splits
 from bootvit.data.cifar import MEAN, STD
 from bootvit.data.sources import IMAGENET
 from bootvit.errors import UserError
 from bootvit.learner import Learner, World
-from bootvit.loop import Progress, describe
+from bootvit.loop import Progress
 from bootvit.reference.files import read_settings
 from bootvit.reference.names import WeightNames, load_moments
 from bootvit.reference.translate import translate
@@ -60,7 +60,7 @@ def import_checkpoint(
     state = {
         "learner": learner.state_dict() if optimizers else {"networks": learner.networks.state_dict()},
         "progress": asdict(progress),
-        "data": describe(splits) if splits else unseen(config, classes),
+        "data": (facts_of(splits, config) if splits else unseen(config, classes)).to_dict(),
     }
     folder, _ = claim(config, resume=False, overwrite=overwrite)
     final = epoch >= config.schedule.epochs
@@ -108,16 +108,15 @@ def steps_per_epoch(splits: DataSplits, config: Config) -> int:
     return TrainBatches(splits.train, config, rank=0, world=1, device=HERE.device).steps_per_epoch
 
 
-def unseen(config: Config, classes: int) -> dict[str, Any]:
+def unseen(config: Config, classes: int) -> DataFacts:
     """The facts about a data set that was not there: classes are numbers."""
-    source = config.data.source
-    mean, std = (MEAN[source], STD) if source in MEAN else IMAGENET
-    return {
-        "classes": [str(label) for label in range(classes)],
-        "mean": list(config.data.mean or mean),
-        "std": list(config.data.std or std),
-        "fingerprint": "",
-    }
+    data = config.data
+    mean, std = (MEAN[data.source], STD) if data.source in MEAN else IMAGENET
+    small = data.augment == "crop" or (data.augment != "area" and data.source in MEAN)
+    preparation = Preparation(
+        "resize" if small else "centre_crop", config.image_size, data.mean or mean, data.std or std
+    )
+    return DataFacts(tuple(str(label) for label in range(classes)), "", preparation)
 
 
 def completed_epochs(saved: Mapping[str, Any], config: Config) -> int:

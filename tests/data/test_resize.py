@@ -5,10 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from data_making import config
 from PIL import Image
 
-from bootvit.data import preprocess
+from bootvit.data import Preparation, preprocess
 from bootvit.data.augment import pad_crop_flip
 from bootvit.data.randomness import permutation, uniforms
 from bootvit.data.resize import area_box, area_crop, centre_crop, resize_batch
@@ -132,10 +131,10 @@ def test_preprocess_scales_and_normalises_like_torchvision() -> None:
     mean, std = (0.5071, 0.4867, 0.4408), (0.2023, 0.1994, 0.2010)
     image = Image.fromarray(noise(5, 32, 32, 3))
     wanted = functional.normalize(functional.to_tensor(image.resize((56, 56), Image.Resampling.BILINEAR)), mean, std)
-    got = preprocess([image], config(source="cifar100", image_size=56), mean, std)[0]
+    got = preprocess([image], Preparation("resize", (56, 56), mean, std))[0]
     torch.testing.assert_close(got, wanted, atol=1e-6, rtol=0)
     grey = Image.fromarray(noise(6, 300, 200))
-    assert preprocess([grey], config(source="imagenet", image_size=64), mean, std).shape == (1, 3, 64, 64)
+    assert preprocess([grey], Preparation("centre_crop", (64, 64), mean, std)).shape == (1, 3, 64, 64)
 
 
 def test_random_numbers_are_a_function_of_seed_epoch_and_position() -> None:

@@ -12,8 +12,8 @@ from parity_kit import Case, ParityError, config_of, settings
 from PIL import Image
 from timm.layers import Attention
 
-from bootvit.config import Config, DataConfig, ScheduleConfig
-from bootvit.data import open_splits, preprocess
+from bootvit.config import DataConfig, ScheduleConfig, pair
+from bootvit.data import Preparation, open_splits, preprocess
 from bootvit.data.cifar import MEAN, STD
 from bootvit.data.fractions import reference_picks
 from bootvit.data.sources import IMAGENET
@@ -275,10 +275,10 @@ def constants_of(name: str) -> tuple[RGB, RGB]:
 
 def check_preprocessing(case: Case, name: str, row: dict[str, Any]) -> None:
     """One image as evaluation sees it."""
-    data = DataConfig(source=SOURCES[row["dataset"]], image_size=row["resize"], resize="pil")
     image = Image.fromarray(case.tensors[f"input.{name}_image"].numpy())
     mean, std = constants_of(row["dataset"])
-    pixels = preprocess([image], Config(method="agent", data=data), mean, std)[0]
+    kind = "centre_crop" if SOURCES[row["dataset"]] == "imagenet" else "resize"
+    pixels = preprocess([image], Preparation(kind, pair(row["resize"]), mean, std))[0]
     case.close(name, pixels, case.golden(f"output.{name}"), EIGHT_BITS)
 
 

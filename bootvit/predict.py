@@ -1,0 +1,94 @@
+"""Prediction with a run's newest checkpoint: images are read and prepared by the very code of the evaluation."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from bootvit.config import Config, override
+from bootvit.data import DataFacts, EvalBatches, ImageTable, Subset
+from bootvit.data.folders import images_below
+from bootvit.data.table import FileImages
+from bootvit.errors import RunFailed, UserError
+from bootvit.evaluate import newest_checkpoint
+from bootvit.learner import Learner, World
+from bootvit.train import pick_device
+
+Row = dict[str, Any]
+
+
+def predict(config: Config, run_dir: Path, images: Sequence[Path], top: int = 5) -> Iterator[Row]:
+    """The most probable classes of image files and of all images below folders, a batch in memory at a time.
+
+    Yields for every image in order one row a network, {"image", "network", "classes": {name: probability}}, or
+    {"image", "error"} for one that cannot be read. Raises `UserError` for a path that is not there.
+    """
+    state = newest_checkpoint(run_dir)
+    facts = DataFacts.from_dict(state["data"])
+    paths = [path for given in images for path in files_of(given)]
+    world = World(0, 1, pick_device(config.ray.use_gpu))
+    learner = Learner(config, len(facts.classes), world)
+    learner.networks.load_state_dict(state["learner"]["networks"])
+    learner.networks.eval()
+    subset = of_files(paths, facts)
+    skipping = override(config, {"data": {"on_error": "skip"}})
+    batches = EvalBatches(subset, skipping, facts.preparation, rank=0, world=1, device=world.device)
+    done = 0
+    for batch in batches:
+        places = batch.labels.tolist()
+        rows = dict(zip(places, guesses(learner, batch.images, facts, top), strict=True))
+        for place in range(done, places[-1] + 1):
+            yield from told(paths[place], rows.get(place), batches.broken)
+        done = places[-1] + 1
+    for path in paths[done:]:
+        yield from told(path, None, batches.broken)
+
+
+def files_of(path: Path) -> list[Path]:
+    """A file itself, or the images below a folder."""
+    if not path.is_dir():
+        if not path.exists():
+            raise UserError(f"{path}: no such file or folder")
+        return [path]
+    found = [path / name for name in images_below(path, ".")]
+    if not found:
+        raise UserError(f"{path}: no images in this folder")
+    return found
+
+
+def of_files(paths: Sequence[Path], facts: DataFacts) -> Subset:
+    """Files as a data set; an image's label is its place."""
+    places = np.arange(len(paths), dtype=np.int64)
+    names = [str(path) for path in paths]
+    rows = pa.table({"label": places, "key": pa.array(names, pa.string())})
+    files = FileImages(Path(), pa.array(names, pa.string()))
+    mean, std = facts.preparation.mean, facts.preparation.std
+    return Subset(ImageTable(rows, files, facts.classes, mean, std, "", native=None, auto="area"), places)
+
+
+@torch.no_grad()
+def guesses(learner: Learner, pixels: torch.Tensor, facts: DataFacts, top: int) -> list[dict[str, dict[str, float]]]:
+    """For each image {network: {class: probability}}, the most probable first."""
+    out: list[dict[str, dict[str, float]]] = [{} for _ in pixels]
+    for net, own in learner.networks.features(pixels).items():
+        chances = own.logits.softmax(1).cpu()
+        if not chances.isfinite().all():
+            raise RunFailed(f"the {net}'s predictions are not finite numbers: its weights are broken")
+        values, orders = chances.topk(min(top, chances.shape[1]), dim=1)
+        for row, value, order in zip(out, values.tolist(), orders.tolist(), strict=True):
+            row[net] = {facts.classes[label]: round(one, 6) for label, one in zip(order, value, strict=True)}
+    return out
+
+
+def told(path: Path, found: dict[str, dict[str, float]] | None, broken: dict[str, str]) -> Iterator[Row]:
+    """The rows of one image."""
+    if found is None:
+        yield {"image": str(path), "error": broken[str(path)]}
+        return
+    for net, classes in found.items():
+        yield {"image": str(path), "network": net, "classes": classes}
