@@ -36,7 +36,11 @@ def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
         _print_json(facts)
         return
     for key, value in facts.items():
-        typer.echo(f"{key}: {value}")
+        if key == "notes":
+            for note in value:
+                typer.echo(f"note: {note}")
+        else:
+            typer.echo(f"{key}: {value}")
 
 
 @app.command()

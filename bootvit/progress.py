@@ -30,6 +30,8 @@ def speak(values: dict[str, float], names: tuple[str, ...]) -> str:
     parts = [f"{net} loss {values[f'train/{net}/loss']:.3f}" for net in names if f"train/{net}/loss" in values]
     for split in ("test", "held_out"):
         parts += [f"{net} {values[f'{split}/{net}/top1']:.1f}%" for net in names if f"{split}/{net}/top1" in values]
+    if "data/skipped" in values:
+        parts.append(f"broken images left out: {values['data/skipped']:.0f}")
     if "train/images_per_second" in values:
         parts.append(f"{values['train/images_per_second']:.0f} images/s")
     return "  ".join(parts)
@@ -55,7 +57,12 @@ def print_result(result: dict[str, Any]) -> None:
             f"{held['top1']:.2f}" if held else "-",
             f"{best['top1']:.2f} ({best['epoch']})" if best else "-",
         )
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    if result["skipped"]:
+        console.print(f"broken images left out (data.on_error=skip): {result['skipped']}", highlight=False)
+        for image in result["skipped_images"]:
+            console.print(f"  {image}", markup=False, highlight=False, soft_wrap=True)
 
 
 class _Lines:

@@ -99,9 +99,10 @@ def take_lease(path: Path) -> RunFolder:
 def check_same_run(config: Config, path: Path) -> None:
     """Refuse to resume under a config that computes something else."""
     was, now = flatten(load_config(str(path / "config.yaml"))), flatten(config)
-    for key, value in now.items():
-        if was.get(key) != value and not key.startswith(FREE_ON_RESUME):
-            raise UserError(f"{path}: cannot resume with {key}={value}: the run was started with {key}={was.get(key)}")
+    changed = [k for k in {**now, **was} if was.get(k) != now.get(k) and not k.startswith(FREE_ON_RESUME)]
+    if changed:
+        new, old = (", ".join(f"{key}={one.get(key)}" for key in changed) for one in (now, was))
+        raise UserError(f"{path}: cannot resume with {new}: the run was started with {old}")
 
 
 def known_data(path: Path) -> DataFacts | None:

@@ -51,6 +51,8 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
         if (tracked := open_tracking(was, folder, splits)) is not None:
             tracked.sync()  # what a server that was down has not got yet
         return dict(checkpoint.read_json(folder.result))
+    for note in splits.notes:
+        print(f"note: {note}", flush=True)
     with following(config, folder, splits) as tracked:
         result = finish(config, folder, splits, lambda: run(config, folder), tracked)
     return result

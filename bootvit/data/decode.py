@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 # of damaged or oversized but readable images Pillow warns once for each and process: `data check` is the place for it
 warnings.filterwarnings("ignore", module=r"PIL\..*")
@@ -29,6 +29,8 @@ def failing_as_broken() -> Iterator[None]:
         yield
     except BrokenImage:
         raise
+    except UnidentifiedImageError as err:  # its text is about a buffer
+        raise BrokenImage("not an image, or one of an unknown format") from err
     except Exception as err:
         raise BrokenImage(" ".join(str(err).split())[:300] or type(err).__name__) from err
 

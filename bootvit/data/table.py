@@ -82,7 +82,7 @@ class FileImages:
         try:
             return Path(self.where(row)).read_bytes()
         except OSError as err:
-            raise BrokenImage(str(err)) from err
+            raise BrokenImage(err.strerror or str(err)) from err
 
 
 @dataclass(frozen=True)

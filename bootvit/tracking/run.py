@@ -154,7 +154,7 @@ def final_metrics(result: Mapping[str, Any]) -> dict[str, float]:
     for prefix, scores in (("final", result.get("final")), ("final/held_out", result.get("held_out"))):
         for network, values in (scores or {}).items():
             metrics |= {f"{prefix}/{network}/{name}": float(value) for name, value in values.items()}
-    for name in ("epochs", "seconds", "gpu_seconds", "images_per_second"):
+    for name in ("epochs", "seconds", "gpu_seconds", "images_per_second", "skipped"):
         if result.get(name) is not None:
             metrics[f"final/{name}"] = float(result[name])
     return metrics

@@ -231,7 +231,7 @@ def test_a_broken_row_of_a_parquet_file_is_named_by_its_key(tmp_path: Path) -> N
     paths: list[str | None] = [f"{number}.jpg" for number in range(8)]
     write_hugging_face(tmp_path / "train.parquet", images, [0, 1] * 4, paths)
     run = config(source="parquet", root=tmp_path, image_size=16)
-    with pytest.raises(UserError, match=r"train\.parquet, key '5\.jpg': cannot identify"):
+    with pytest.raises(UserError, match=r"train\.parquet, key '5\.jpg': not an image"):
         training(run)
 
 
