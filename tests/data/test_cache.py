@@ -57,7 +57,9 @@ def test_a_full_cache_is_one_line_and_leaves_nothing_half_made(
 
     monkeypatch.setattr("bootvit.data.cache._begin_array", full)
     monkeypatch.setattr(pa, "OSFile", full)
-    with pytest.raises(RunFailed, match=r"No space left on device; \d+ MiB are free there\): .*BOOTVIT_CACHE") as caught:
+    with pytest.raises(
+        RunFailed, match=r"No space left on device; \d+ MiB are free there\): .*BOOTVIT_CACHE"
+    ) as caught:
         make(subset)  # type: ignore[operator]
     assert str(cache) in str(caught.value)
     assert [path.suffix for path in cache.iterdir()] == [".lock"]
