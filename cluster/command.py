@@ -21,6 +21,7 @@ from bootvit.config import (
     load_config,
     merge,
     nest,
+    parents_of,
     parse_override,
     parse_yaml,
     read_layers,
@@ -95,11 +96,10 @@ def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
 
 
 def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
-    from tune.load import load_sweep
-    from tune.schema import SweepFile
+    from tune.load import is_own, load_sweep
     from tune.space import check_space
 
-    own = [text for text in overrides if parse_override(text)[0].split(".")[0] in SweepFile.model_fields]
+    own = [text for text in overrides if is_own(text)]
     for text in own:
         if text.startswith("base=") and Path(text.removeprefix("base=")).is_file():
             raise UserError(f"override {text!r}: the job does not have this file: name it in the sweep file")
@@ -161,7 +161,7 @@ def outlives_job(uri: str) -> bool:
 
 
 def _is_absolute(place: Any) -> bool:
-    return isinstance(place, str) and ("://" in place or Path(place).is_absolute())
+    return isinstance(place, str) and Path(place).is_absolute()
 
 
 def _get(tree: dict[str, Any], key: str) -> Any:
@@ -196,10 +196,9 @@ def _sweep_workers(sweep: Sweep) -> Workers:
 def _files(path: Path) -> set[Path]:
     """The file and all that it extends, resolved; names that only this machine knows are refused."""
     path = path.resolve()
-    data = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
-    parents = data.get("extends", [])
+    data = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path)) or {}
     found = {path}
-    for parent in [parents] if isinstance(parents, str) else parents:
+    for parent in parents_of(data, path):
         if re.match(r"[/~]", parent):
             raise UserError(f"{path}: extends {parent!r}: a job needs it relative to the file")
         found |= _files(path.parent / parent)

@@ -14,6 +14,7 @@ from bootvit.config import (
     make_config,
     merge,
     nest,
+    parents_of,
     parse_override,
     parse_yaml,
     read_layers,
@@ -46,8 +47,8 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     origins: dict[str, str] = {}
     for_base = []
     for text in overrides:
-        key, value = parse_override(text)
-        if key.split(".")[0] in SweepFile.model_fields:
+        if is_own(text):
+            key, value = parse_own(text)
             data = merge(data, nest(key, value))
             origins[key] = f"override {text!r}"
         else:
@@ -68,6 +69,19 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     sweep = Sweep(file, _base_config(path, file, for_base), path)
     check_keys(sweep)
     return sweep
+
+
+def is_own(text: str) -> bool:
+    """Whether an override is the sweep's own and not its base's."""
+    return text.partition("=")[0].split(".")[0] in SweepFile.model_fields
+
+
+def parse_own(text: str) -> tuple[str, Any]:
+    """An override of the sweep's own schema; what `set` holds are keys of the base."""
+    if not text.startswith("set."):
+        return parse_override(text, SweepFile)
+    key, value = parse_override(text.removeprefix("set."))
+    return f"set.{key}", value
 
 
 def _base_config(path: Path, file: SweepFile, overrides: Sequence[str]) -> Config:
@@ -102,11 +116,10 @@ def _base_path(path: Path, base: str) -> Path:
 
 def _layer_with_base(path: Path) -> Path | None:
     """The file, of a sweep file and those that it extends, whose `base` counts."""
-    data = parse_yaml(path.read_text(encoding="utf-8"), str(path)) or {}
+    data = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path)) or {}
     if "base" in data:
         return path
-    parents = data.get("extends", [])
-    for parent in reversed([parents] if isinstance(parents, str) else parents):
+    for parent in reversed(parents_of(data, path)):
         found = _layer_with_base((path.parent / parent).resolve())
         if found:
             return found

@@ -1,0 +1,277 @@
+"""How files, what they extend, and overrides become one checked `Config`; and the line that a mistake gets."""
+
+from __future__ import annotations
+
+import json
+import re
+import types
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from bootvit.config.schema import Config
+from bootvit.config.text import parse_yaml
+from bootvit.errors import UserError
+
+SHIPPED = Path(__file__).resolve().parent.parent.parent / "configs"
+SHOWN = 80  # characters of a value in a message
+
+
+def find_config(name: str, shipped: Path = SHIPPED) -> Path:
+    """A path to a YAML file, or the name of a shipped config without its ending."""
+    for path in (Path(name), shipped / f"{name}.yaml", shipped / name):
+        if is_file(path):
+            return path
+    known = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
+    near = get_close_matches(name.removesuffix(".yaml").removeprefix("configs/"), known, n=1)
+    raise UserError(
+        f"{name[:200]}: no such config file" + (f"; the nearest shipped one is {near[0]!r}" if near else "")
+    )
+
+
+def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """One YAML file on top of the files that it `extends` (relative to itself, later ones win)."""
+    path = path.resolve()
+    if path in seen:
+        raise UserError(f"{path}: extends itself through {' -> '.join(p.name for p in seen)}")
+    try:
+        data = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path))
+    except (OSError, UnicodeDecodeError) as err:
+        raise UserError(f"{path}: cannot be read: {err}") from err
+    data = {} if data is None else data
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, not {type(data).__name__}")
+    merged: dict[str, Any] = {}
+    for parent in parents_of(data, path):
+        target = path.parent / parent
+        if not is_file(target):
+            raise UserError(f"{path}: extends {parent[:200]!r}, but {str(target)[:300]} does not exist")
+        merged = merge(merged, read_layers(target, (*seen, path)))
+    return merge(merged, {key: value for key, value in data.items() if key != "extends"})
+
+
+def parents_of(data: dict[str, Any], path: Path) -> list[str]:
+    """The files that `extends` names, in order."""
+    given = data.get("extends", [])
+    parents = [given] if isinstance(given, str) else given
+    if not isinstance(parents, list) or not all(isinstance(parent, str) for parent in parents):
+        raise UserError(f"{path}: extends={shown(given)}: expected a file's name, or a list of them")
+    return list(parents)
+
+
+def is_file(path: Path) -> bool:
+    """Whether a file is there; a name that no file can have is none."""
+    try:
+        return path.is_file()
+    except OSError:
+        return False
+
+
+def shown(value: Any) -> str:
+    """A value for a message, cut where it is long."""
+    text = json.dumps(value, default=str)
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+
+
+def merge(base: dict[str, Any], top: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged key by key; anything else replaces."""
+    out = dict(base)
+    for key, value in top.items():
+        old = out.get(key)
+        out[key] = merge(old, value) if isinstance(value, dict) and isinstance(old, dict) else value
+    return out
+
+
+def nest(key: str, value: Any) -> dict[str, Any]:
+    """`a.b.c`, v -> {a: {b: {c: v}}}."""
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return dict(value)
+
+
+def parse_override(text: str, schema: type[BaseModel] = Config) -> tuple[str, Any]:
+    """`KEY=VALUE` -> (key, value).
+
+    The value of a text key is taken as typed (`null` is None where the key may be), any other is read as YAML; a `#`
+    begins no comment.
+    """
+    key, eq, value = text.partition("=")
+    origin = f"override {text!r}"
+    if not eq or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
+        raise UserError(f"{origin}: expected KEY=VALUE, such as data.fraction=0.1")
+    kinds = leaf_types(schema, key)
+    if str in kinds and kinds <= {str, types.NoneType}:
+        if value == "null" and types.NoneType in kinds:
+            return key, None
+        if not value:
+            raise UserError(f"{origin}: {key} is empty" + ("; null is none" if types.NoneType in kinds else ""))
+        return key, value
+    if re.search(r"(^|\s)#", value) and not value.lstrip().startswith(("[", "{", "'", '"')):
+        return key, value
+    return key, parse_yaml(value, origin)
+
+
+def leaf_types(schema: type[BaseModel], key: str) -> set[Any]:
+    """The types that a key's value may have, texts of a fixed choice as `str`; empty for an unknown key."""
+    section: type[BaseModel] | None = schema
+    *path, last = key.split(".")
+    for part in path:
+        section = _section(section, part) if section else None
+    field = section.model_fields.get(last) if section else None
+    return set(_members(field.annotation)) if field else set()
+
+
+def _members(annotation: Any) -> list[Any]:
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        return _members(get_args(annotation)[0])
+    if origin in (Union, types.UnionType):
+        return [kind for part in get_args(annotation) for kind in _members(part)]
+    return [type(value) for value in get_args(annotation)] if origin is Literal else [origin or annotation]
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """Read, merge and check; relative places are resolved against the current folder.
+
+    Raises `UserError` for a missing file, an unknown key, a wrong type or an impossible value.
+    """
+    path = find_config(name)
+    data = read_layers(path)
+    origins: dict[str, str] = {}
+    for text in overrides:
+        key, value = parse_override(text)
+        data = merge(data, nest(key, value))
+        origins[key] = f"override {text!r}"
+    return make_config(data, str(path), origins)
+
+
+def make_config(data: dict[str, Any], origin: str, origins: dict[str, str] | None = None) -> Config:
+    """Check a merged mapping, resolve its places and check that the models it describes can be built."""
+    from bootvit.models.zoo import check_models
+
+    config = validate(Config, data, origin, origins or {})
+    check_places(config, origin, origins or {})
+    try:
+        config = absolute(config)
+    except (OSError, RuntimeError, ValueError) as err:  # a home that nobody has, a loop of links, a NUL byte
+        raise UserError(f"{origin}: a path in it cannot be resolved: {err}") from err
+    try:
+        check_models(config)
+    except UserError as err:
+        raise UserError(f"{origin}: {err}") from err
+    return config
+
+
+def absolute(config: Config) -> Config:
+    """Resolve the places that are relative to where the command was started: Ray changes a worker's folder."""
+    places: dict[str, Any] = {"ray": {"storage_path": _place(config.ray.storage_path)}}
+    if config.data.root is not None:
+        places["data"] = {"root": _place(config.data.root)}
+    weights = {
+        net: {"weights": _place(given)}
+        for net, given in (("vit", config.model.vit.weights), ("agent", config.model.agent.weights))
+        if given not in (None, "timm")
+    }
+    return override(config, places | ({"model": weights} if weights else {}))
+
+
+def _place(path: str | None) -> str:
+    return str(Path(path or ".").expanduser().resolve())
+
+
+def check_places(config: Config, origin: str, origins: dict[str, str]) -> None:
+    """Refuse object stores, which would silently become local folders of odd names."""
+    for key, value in (("ray.storage_path", config.ray.storage_path), ("data.root", config.data.root)):
+        if value is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
+            raise UserError(
+                f"{origins.get(key, origin)}: {key}={value}: addresses of object stores are not supported yet; give "
+                "the path of a folder" + (" that every node sees" if key == "ray.storage_path" else "")
+            )
+
+
+def override(config: Config, changes: dict[str, Any]) -> Config:
+    """The same run with some (nested) values changed, checked again."""
+    return Config.model_validate_json(json.dumps(merge(config.model_dump(mode="json"), changes)))
+
+
+T = TypeVar("T", bound=BaseModel)
+
+
+def validate(schema: type[T], data: dict[str, Any], origin: str, origins: dict[str, str] | None = None) -> T:
+    """`data` as `schema`; the first mistake becomes one line that names its place, key and value."""
+    try:
+        return schema.model_validate_json(json.dumps(data))
+    except ValidationError as err:
+        raise UserError(explain(err, schema, origin, origins or {})) from err
+
+
+def explain(err: ValidationError, schema: type[BaseModel], origin: str, origins: dict[str, str]) -> str:
+    """One line for a validation error: an unknown key first, since it often explains the others."""
+    errors = sorted(err.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = errors[0]
+    path = [str(part) for part in first["loc"] if not _is_union_arm(str(part))]
+    key = ".".join(path)
+    place = next(
+        (o for k, o in origins.items() if key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.")),
+        origin,
+    )
+    if first["type"] == "extra_forbidden":
+        return f"{place}: unknown key {key!r}{suggest(schema, path)}"
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{place}: {key}={shown(first['input'])}: {reason}" if key else f"{place}: {reason}"
+
+
+def _is_union_arm(part: str) -> bool:
+    return "[" in part or part in ("int", "float", "str", "bool")
+
+
+def suggest(schema: type[BaseModel], path: list[str]) -> str:
+    """The nearest key: of the same name elsewhere, else among its siblings, else anywhere in the schema."""
+    section: type[BaseModel] | None = schema
+    for part in path[:-1]:
+        section = _section(section, part) if section else None
+    siblings = list(section.model_fields) if section else []
+    every = all_keys(schema)
+    elsewhere = [key for key in every if key.split(".")[-1] == path[-1]]
+    near = get_close_matches(path[-1], siblings, n=1)
+    best = elsewhere or [".".join([*path[:-1], key]) for key in near] or get_close_matches(".".join(path), every, n=1)
+    return f", did you mean {best[0]!r}?" if best else f"; known here: {', '.join(siblings)}"
+
+
+def _section(schema: type[BaseModel], name: str) -> type[BaseModel] | None:
+    field = schema.model_fields.get(name)
+    options = (field.annotation, *get_args(field.annotation)) if field else ()
+    return next((t for t in options if isinstance(t, type) and issubclass(t, BaseModel)), None)
+
+
+def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every dotted key of a schema, leaves only."""
+    keys: list[str] = []
+    for name in schema.model_fields:
+        section = _section(schema, name)
+        keys += all_keys(section, f"{prefix}{name}.") if section else [f"{prefix}{name}"]
+    return keys
+
+
+def flatten(config: BaseModel) -> dict[str, Any]:
+    """{dotted key: value}, leaves only."""
+    out: dict[str, Any] = {}
+
+    def walk(node: Any, prefix: str) -> None:
+        for key, value in node.items():
+            if isinstance(value, dict):
+                walk(value, f"{prefix}{key}.")
+            else:
+                out[f"{prefix}{key}"] = value
+
+    walk(config.model_dump(mode="json"), "")
+    return out
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML; `load_config` of it is the same run."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
