@@ -15,7 +15,8 @@ from torch import Tensor
 from bootvit import checkpoint
 from bootvit.config import Config, Network
 from bootvit.data import DataSplits, open_splits
-from bootvit.data.batches import EvalBatches, TrainBatches
+from bootvit.data.batches import EvalBatches, TrainBatches, way_of
+from bootvit.data.facts import DataFacts, Preparation
 from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Counts, Learner, World
@@ -94,7 +95,7 @@ def epochs(
         at.seconds = before + time.monotonic() - started
         if world.rank == 0:
             folder.check_lease()
-            state = {"learner": learner.state_dict(), "progress": vars(at), "data": describe(splits)}
+            state = {"learner": learner.state_dict(), "progress": vars(at), "data": describe(splits, config)}
             checkpoint.save(folder.checkpoints, state, epoch=at.epoch, step=at.step, final=last, keep=keep)
         yield EpochReport(at.epoch, at.step, metrics)
     if not scores:  # resumed after the last checkpoint, before the result was written
@@ -237,14 +238,13 @@ def open_journal(folder: RunFolder, step: int) -> Journal:
     return journal
 
 
-def describe(splits: DataSplits) -> dict[str, Any]:
+def describe(splits: DataSplits, config: Config) -> dict[str, Any]:
     """What evaluation and prediction need of the data, kept in the checkpoint."""
-    return {
-        "classes": list(splits.classes),
-        "mean": list(splits.mean),
-        "std": list(splits.std),
-        "fingerprint": splits.fingerprint,
-    }
+    small = way_of(splits.train.table, config.data).place == "memory"
+    kind: Literal["resize", "centre_crop"] = "resize" if small else "centre_crop"
+    preparation = Preparation(kind, config.image_size, splits.mean, splits.std)
+    facts = DataFacts(splits.classes, splits.fingerprint, preparation).to_dict()
+    return facts | {"mean": list(splits.mean), "std": list(splits.std)}
 
 
 def summarise(

@@ -136,9 +136,7 @@ def test_terms_that_decay_are_known_by_name(joint_file: Path) -> None:
         objective = translate(settings, "joint.yaml").objective
         assert (objective.vit.decayed, objective.agent.decayed) == (vit, agent)
     strategy["decay_items"] = ["hint"]
-    with pytest.raises(
-        UserError, match=r"training\.decay_strategy\.decay_items: 'hint' is no term of a loss, only cls"
-    ):
+    with pytest.raises(UserError, match=r"decay_strategy\.decay_items: 'hint' is no term of a loss, only cls"):
         translate(settings, "joint.yaml")
 
 

@@ -7,7 +7,7 @@ from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from bootvit import checkpoint
 from bootvit.config import Config
 from bootvit.data import DataSplits, TrainBatches, open_splits
 from bootvit.data.cifar import MEAN, STD
+from bootvit.data.facts import DataFacts, Preparation
 from bootvit.data.sources import IMAGENET
 from bootvit.errors import UserError
 from bootvit.learner import Learner, World
@@ -60,7 +61,7 @@ def import_checkpoint(
     state = {
         "learner": learner.state_dict() if optimizers else {"networks": learner.networks.state_dict()},
         "progress": asdict(progress),
-        "data": describe(splits) if splits else unseen(config, classes),
+        "data": describe(splits, config) if splits else unseen(config, classes),
     }
     folder, _ = claim(config, resume=False, overwrite=overwrite)
     final = epoch >= config.schedule.epochs
@@ -112,12 +113,10 @@ def unseen(config: Config, classes: int) -> dict[str, Any]:
     """The facts about a data set that was not there: classes are numbers."""
     source = config.data.source
     mean, std = (MEAN[source], STD) if source in MEAN else IMAGENET
-    return {
-        "classes": [str(label) for label in range(classes)],
-        "mean": list(config.data.mean or mean),
-        "std": list(config.data.std or std),
-        "fingerprint": "",
-    }
+    kind: Literal["resize", "centre_crop"] = "resize" if source in MEAN else "centre_crop"
+    preparation = Preparation(kind, config.image_size, config.data.mean or mean, config.data.std or std)
+    facts = DataFacts(tuple(str(label) for label in range(classes)), "", preparation).to_dict()
+    return facts | {"mean": list(preparation.mean), "std": list(preparation.std)}
 
 
 def completed_epochs(saved: Mapping[str, Any], config: Config) -> int:
