@@ -61,7 +61,7 @@ class Classifier(nn.Module):
         """(batch, 3, rows, cols) -> (batch, classes)."""
         assert self.network is not None
         out = self.network(images)
-        return out.logits if isinstance(out, Features) else out  # type: ignore[no-any-return]
+        return out.logits if isinstance(out, Features) else out
 
 
 class Facts(NamedTuple):
@@ -181,6 +181,7 @@ def write_timm(config: Config, networks: Networks, facts: Facts, folder: Path) -
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
     write_atomic(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
     known, classes = facts.described(), list(facts.data.classes)
+    timms: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     described = {
         "architecture": architecture,
         "num_classes": len(classes),
@@ -191,7 +192,7 @@ def write_timm(config: Config, networks: Networks, facts: Facts, folder: Path) -
             "fixed_input_size": facts.network == "vit",
             "num_classes": len(classes),
             **{key: known[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
-            **{key: model.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},  # to fine-tune: a new head
+            **{key: timms.get(key) for key in ("first_conv", "classifier")},  # to fine-tune: a new head
         },
     }
     write_json(folder / "config.json", described)

@@ -22,6 +22,7 @@ from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
+from bootvit.weights import warm_start
 
 Scores = dict[Network, Counts]
 TestUse = Literal["auto", "last", "never"]
@@ -79,6 +80,9 @@ def epochs(
     check_evaluable(config, splits)
     learner = Learner(config, len(splits.classes), world)
     at = restore(learner, folder)
+    if at is None:
+        warm_start(learner.networks, config, splits.classes)
+        at = Progress()
     before = at.seconds
     batches = TrainBatches(splits.train, config, rank=world.rank, world=world.size, device=world.device)
     journal = open_journal(folder, at.step) if world.rank == 0 else None
@@ -220,11 +224,11 @@ def check_evaluable(config: Config, splits: DataSplits) -> None:
         raise UserError(f"data.root={config.data.root}: no test or val split; set data.held_out, such as 0.1")
 
 
-def restore(learner: Learner, folder: RunFolder) -> Progress:
-    """Load the newest verified checkpoint, if there is one."""
+def restore(learner: Learner, folder: RunFolder) -> Progress | None:
+    """Load the newest verified checkpoint; None where there is none."""
     saved = checkpoint.newest(folder.checkpoints)
     if saved is None:
-        return Progress()
+        return None
     state = checkpoint.load(saved.path)
     learner.load_state_dict(state["learner"])
     return Progress(**state["progress"])
