@@ -221,7 +221,7 @@ def fit(module: nn.Module, source: Source, classes: tuple[str, ...] | None, key:
         listed("not in the network", [name for name in body if name not in own]),
         listed("of another shape", [name for name in body if name in own and name not in fitting], given, own),
     ]
-    if not any(tensor.is_floating_point() and tensor.ndim for tensor in fitting.values()):  # norms count their steps
+    if not any(tensor.ndim > 1 for tensor in fitting.values()):  # a bias, or a norm's counter, fits by accident
         why = "; ".join(line for line in lines if line)
         raise UserError(f"{key}: none of its {len(given)} tensors fits this network, heads aside: {why}")
     taken, rest = fitting | head, "; ".join(line for line in (about_head, *lines) if line)

@@ -261,6 +261,7 @@ def odd_places(folder: Path) -> None:
     torch.save({"model": Learner}, folder / "code.pth")
     torch.save(timm.create_model("resnet10t").state_dict(), folder / "resnet.pth")
     write(folder / "young/config.yaml", dump_config(tiny()))
+    saved_run(folder / "wide", method="vit", model__vit__width=36)
     run, _ = saved_run(folder / "runs", method="agent")
     (folder / "cut.pt").write_bytes((run / "checkpoints" / "epoch-0001.pt").read_bytes()[:5000])
 
@@ -275,6 +276,11 @@ MISTAKES = [
     ("vit", "folder", "this folder is neither a run nor a timm export"),
     ("vit", "young", "this run has no usable checkpoint"),
     ("vit", "other.pth", "none of its 1 tensors fits this network"),
+    (
+        "vit",
+        "wide/source",
+        "none of its 32 tensors fits this network, heads aside: 28 of another shape (cls_token: (1,",
+    ),
     ("vit", "resnet.pth", "tensors fits this network"),
     ("vit", "list.pth", "holds no weights by name, but a list"),
     ("vit", "nothing.pth", "nothing.pth holds no weights"),
