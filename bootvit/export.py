@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import io
 import json
+import math
+import os
+import shutil
+import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import safetensors.torch
 import timm
 import torch
-from safetensors.torch import save_file
+from PIL import Image
 from torch import Tensor, nn
 
 from bootvit.checkpoint import write_atomic, write_json
 from bootvit.config import Config, Network
+from bootvit.data.facts import DataFacts, Preparation
+from bootvit.data.resize import centre_crop, covered, enlarge, normalise
 from bootvit.errors import RunFailed, UserError
 from bootvit.evaluate import newest_checkpoint
 from bootvit.learner import Networks
-from bootvit.models.agent import TimmCNN
+from bootvit.models import Features
+from bootvit.models.agent import Agent, TimmCNN
+from bootvit.models.shared import standing_alone
 from bootvit.models.zoo import mirrors, vit_shape
 
 ENDINGS = {"timm": "", "onnx": ".onnx", "torchscript": ".pt"}  # timm writes a folder
+TIMM_FILES = ("config.json", "model.safetensors")
+FACTS = "facts.json"  # inside a TorchScript file
 
 # timm's own models of the right kind, by the epsilon of their LayerNorm, which a file cannot name otherwise.
 # The CLIP tower differs from a plain ViT in a norm before the blocks, and that can be switched off.
@@ -32,46 +47,106 @@ DISTILLED: dict[float, tuple[str, dict[str, Any]]] = {1e-6: ("deit_base_distille
 
 
 class Classifier(nn.Module):
-    """One network of a run: images (batch, 3, rows, cols), normalised, to logits (batch, classes)."""
+    """One network of a run and nothing else: images (batch, 3, rows, cols), normalised, to logits (batch, classes)."""
 
-    def __init__(self, networks: Networks, network: Network) -> None:
+    def __init__(self, networks: Networks, net: Network) -> None:
         super().__init__()
-        self.networks = networks  # all of them: a shared agent computes with the ViT's weights
-        self.network = network
+        if net == "vit":
+            self.network: nn.Module | None = networks.vit
+        else:  # a shared agent computes with the ViT's weights, so it gets copies of those
+            self.network = standing_alone(networks.agent) if isinstance(networks.agent, Agent) else networks.agent
+        assert self.network is not None
 
     def forward(self, images: Tensor) -> Tensor:
         """(batch, 3, rows, cols) -> (batch, classes)."""
-        if self.network == "vit":
-            assert self.networks.vit is not None
-            return self.networks.vit(images)  # type: ignore[no-any-return]
-        assert self.networks.agent is not None
-        return self.networks.agent(images).logits  # type: ignore[no-any-return]
+        assert self.network is not None
+        out = self.network(images)
+        return out.logits if isinstance(out, Features) else out
+
+
+class Facts(NamedTuple):
+    """What a reader of the export needs to know besides the weights; `described` is it as JSON."""
+
+    network: Network
+    data: DataFacts
+
+    def described(self) -> dict[str, Any]:
+        """Plain lists, texts and numbers."""
+        preparation = self.data.preparation
+        whole = preparation.kind == "resize"
+        return {
+            "network": self.network,
+            "classes": list(self.data.classes),
+            "image_size": list(preparation.size),
+            "mean": list(preparation.mean),
+            "std": list(preparation.std),
+            "kind": preparation.kind,
+            "resize_to": list(preparation.size if whole else covered(preparation.size)),
+            "interpolation": "bilinear",
+            **crop_of(preparation),
+            "fingerprint": self.data.fingerprint,
+        }
 
 
 def export(config: Config, run_dir: Path, form: str, *, network: str | None = None, out: Path | None = None) -> Path:
     """Write one network of the run's newest checkpoint; returns the file (timm: the folder) that was written.
 
-    Beside an ONNX or TorchScript file lies a JSON file with classes, image size, mean and deviation.
+    Beside an ONNX or TorchScript file lies a JSON file with what the file itself holds too: class names and how an
+    image is prepared. Nothing is at the target unless all of it is there and was checked.
     """
     if form not in ENDINGS:
         raise UserError(f"--format {form}: expected {', '.join(ENDINGS)}")
     net = next((own for own in config.networks if network in (None, own)), None)
     if net is None:
         raise UserError(f"--network {network}: this run (method={config.method}) has only {', '.join(config.networks)}")
+    target = out or run_dir / "export" / f"{config.name}-{net}{ENDINGS[form]}"
+    check_target(target, form, given=out is not None)
     state = newest_checkpoint(run_dir)
-    facts = state["data"] | {"network": net, "image_size": list(config.image_size)}
-    networks = Networks(config, len(facts["classes"]))
+    facts = Facts(net, DataFacts.from_dict(state["data"]))
+    networks = Networks(config, len(facts.data.classes))
     networks.load_state_dict(state["learner"]["networks"])
     networks.float().eval()
-    target = out or run_dir / "export" / f"{config.name}-{net}{ENDINGS[form]}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if form == "timm":
-        write_timm(config, networks, net, facts, target)
-        return target
-    write = write_onnx if form == "onnx" else write_torchscript
-    write(Classifier(networks, net).eval(), example(config), target)
-    write_json(target.with_suffix(".json"), facts)
+    write = {"timm": write_timm, "onnx": write_onnx, "torchscript": write_torchscript}[form]
+    if out is None:
+        target.parent.mkdir(exist_ok=True)
+    with staged(target) as made:
+        write(config, networks, facts, made)
+        if form != "timm":
+            write_json(made.with_suffix(".json"), facts.described())
     return target
+
+
+def check_target(target: Path, form: str, *, given: bool) -> None:
+    """Refuse a place that cannot be written to, before anything is computed."""
+    if given and not target.parent.is_dir():
+        raise UserError(f"--out {target}: there is no folder {target.parent}")
+    if form != "timm":
+        if target.is_dir():
+            raise UserError(f"--out {target}: is a folder; --format {form} writes a file")
+        if target.suffix == ".json":
+            raise UserError(f"--out {target}: the JSON file beside the model has this name; use {ENDINGS[form]}")
+        return
+    if target.exists() and not target.is_dir():
+        raise UserError(f"--out {target}: is a file; --format timm writes a folder")
+    if target.is_dir() and any(child.name not in TIMM_FILES for child in target.iterdir()):
+        raise UserError(f"--out {target}: there are other files in this folder")
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A place of the target's name in a hidden folder beside it; what is there at the end, and only then, is moved."""
+    hidden = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".part", dir=target.parent))
+    try:
+        yield hidden / target.name
+        for made in sorted(hidden.iterdir()):
+            place = target.parent / made.name
+            if made.is_dir() and place.is_dir():  # an earlier export
+                for file in made.iterdir():
+                    os.replace(file, place / file.name)
+            else:
+                os.replace(made, place)
+    finally:
+        shutil.rmtree(hidden)
 
 
 def example(config: Config) -> Tensor:
@@ -80,42 +155,73 @@ def example(config: Config) -> Tensor:
     return torch.randn(2, 3, *config.image_size, generator=generator)
 
 
+def crop_of(preparation: Preparation) -> dict[str, Any]:
+    """timm's `crop_pct` and `crop_mode`, with which its evaluation transform prepares an image as we do."""
+    if preparation.kind == "resize":
+        return {"crop_pct": 1.0, "crop_mode": "squash"}
+    rows, cols = preparation.size
+    if rows != cols:
+        return {"crop_pct": 224 / 256, "crop_mode": "center"}
+    side = covered(preparation.size)[0]
+    exact = rows / side
+    # timm shrinks to floor(rows / crop_pct), which must not fall below the side by a rounding error
+    return {"crop_pct": exact if math.floor(rows / exact) == side else rows / (side + 0.5), "crop_mode": "center"}
+
+
 # -------------------------------------------------------------------------------------------------- timm
 
 
-def write_timm(config: Config, networks: Networks, net: Network, facts: dict[str, Any], folder: Path) -> None:
+def write_timm(config: Config, networks: Networks, facts: Facts, folder: Path) -> None:
     """A folder that `timm.create_model("local-dir:FOLDER", pretrained=True)` loads, and what it needs to say so.
 
-    The folder is loaded again and its logits compared before this returns.
+    The folder is loaded again, and its logits and its preparation of images compared, before this returns.
     """
-    model, architecture, arguments = timm_model(config, networks, net)
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(child.name not in ("config.json", "model.safetensors") for child in folder.iterdir()):
-        raise UserError(f"--out {folder}: there are other files in this folder")
+    model, architecture, arguments = timm_model(config, networks, facts.network)
+    folder.mkdir()
     weights = {name: tensor.detach().contiguous().clone() for name, tensor in model.state_dict().items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    rows, cols = config.image_size
+    write_atomic(folder / "model.safetensors", safetensors.torch.save(weights, metadata={"format": "pt"}))
+    known, classes = facts.described(), list(facts.data.classes)
+    timms: dict[str, Any] = model.pretrained_cfg  # type: ignore[assignment]
     described = {
         "architecture": architecture,
-        "num_classes": len(facts["classes"]),
+        "num_classes": len(classes),
         "model_args": arguments,
-        "label_names": facts["classes"],
+        "label_names": classes,
         "pretrained_cfg": {
-            "input_size": [3, rows, cols],
-            "fixed_input_size": net == "vit",
-            "num_classes": len(facts["classes"]),
-            "mean": facts["mean"],
-            "std": facts["std"],
-            "interpolation": "bilinear",
+            "input_size": [3, *known["image_size"]],
+            "fixed_input_size": facts.network == "vit",
+            "num_classes": len(classes),
+            **{key: known[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
+            **{key: timms.get(key) for key in ("first_conv", "classifier")},  # to fine-tune: a new head
         },
     }
-    write_atomic(folder / "config.json", (json.dumps(described, indent=2) + "\n").encode())
-    images = example(config)
+    write_json(folder / "config.json", described)
     plain = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = example(config)
     with torch.no_grad():
         difference = float((plain(images) - model(images)).abs().max())
     if difference > 0:
         raise RunFailed(f"{folder}: timm's {architecture} differs by {difference:.3g} from the run's network")
+    check_preparation(plain, facts.data.preparation)
+
+
+def check_preparation(model: nn.Module, preparation: Preparation) -> None:
+    """Raise `RunFailed` unless timm's own transform for this model makes of images what the run made of them."""
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    random = np.random.default_rng(0)
+    for rows, cols in ((37, 53), (64, 64), (211, 149), (150, 401)):
+        image = Image.fromarray(random.integers(0, 256, (rows, cols, 3), dtype=np.uint8))
+        difference = float((transform(image) - prepared(image, preparation)).abs().max())
+        if difference > 0:
+            size = "x".join(map(str, preparation.size))
+            raise RunFailed(f"timm prepares an image of {rows}x{cols} for {size} otherwise, by up to {difference:.3g}")
+
+
+def prepared(image: Image.Image, preparation: Preparation) -> Tensor:
+    """An RGB image as the run's evaluation sees it, (3, rows, cols)."""
+    make = enlarge if preparation.kind == "resize" else centre_crop
+    pixels = np.array(make(image, preparation.size))
+    return normalise(torch.from_numpy(pixels).permute(2, 0, 1)[None], preparation.mean, preparation.std)[0]
 
 
 def timm_model(config: Config, networks: Networks, net: Network) -> tuple[nn.Module, str, dict[str, Any]]:
@@ -154,8 +260,8 @@ def timm_model(config: Config, networks: Networks, net: Network) -> tuple[nn.Mod
 # ----------------------------------------------------------------------------------- graphs without Python
 
 
-def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
-    """An ONNX graph for any batch size."""
+def write_onnx(config: Config, networks: Networks, facts: Facts, path: Path) -> None:
+    """An ONNX graph for any batch size; its `metadata_props` are the facts, lists and numbers as JSON."""
     try:
         import onnx  # noqa: F401
         import onnxscript  # noqa: F401
@@ -164,8 +270,8 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns about its own internals while it exports
         program = torch.onnx.export(
-            model,
-            (images,),
+            Classifier(networks, facts.network).eval(),
+            (example(config),),
             dynamo=True,
             input_names=["images"],
             output_names=["logits"],
@@ -173,12 +279,17 @@ def write_onnx(model: nn.Module, images: Tensor, path: Path) -> None:
             verbose=False,
         )
     assert program is not None
+    for key, value in facts.described().items():
+        program.model.metadata_props[key] = value if isinstance(value, str) else json.dumps(value)
     program.save(path)
 
 
-def write_torchscript(model: nn.Module, images: Tensor, path: Path) -> None:
-    """A traced module, which `torch.jit.load` reads without bootvit or timm."""
+def write_torchscript(config: Config, networks: Networks, facts: Facts, path: Path) -> None:
+    """A traced module, which `torch.jit.load` reads without bootvit or timm; its extra file facts.json is the facts."""
+    images, model = example(config), Classifier(networks, facts.network).eval()
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # torch calls its own format deprecated; it still writes and reads it
         traced = torch.jit.trace(model, images)  # type: ignore[no-untyped-call]
-        torch.jit.save(traced, path)
+        buffer = io.BytesIO()  # torch's own writing hides why it fails, such as a full disk
+        torch.jit.save(traced, buffer, _extra_files={FACTS: json.dumps(facts.described())})
+    write_atomic(path, buffer.getvalue())

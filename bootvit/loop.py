@@ -22,6 +22,7 @@ from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
+from bootvit.weights import warm_start
 
 NAMED = 20  # broken images that result.json names; it counts all
 Scores = dict[Network, Counts]
@@ -84,7 +85,11 @@ def epochs(
     splits = open_splits(config.data)
     check_evaluable(config, splits)
     learner = Learner(config, len(splits.classes), world)
-    at, facts = restore(learner, folder, facts_of(splits, config))
+    facts = facts_of(splits, config)
+    at = restore(learner, folder, facts)
+    if at is None:
+        warm_start(learner.networks, config, splits.classes)
+        at = Progress()
     before = at.seconds
     batches = TrainBatches(
         splits.train, config, facts.preparation, rank=world.rank, world=world.size, device=world.device
@@ -272,16 +277,15 @@ def check_evaluable(config: Config, splits: DataSplits) -> None:
         raise UserError(f"data.root={config.data.root}: no test or val split; set data.held_out, such as 0.1")
 
 
-def restore(learner: Learner, folder: RunFolder, facts: DataFacts) -> tuple[Progress, DataFacts]:
-    """Load the newest verified checkpoint, if there is one, and what it knows of its data; `facts` are today's."""
+def restore(learner: Learner, folder: RunFolder, facts: DataFacts) -> Progress | None:
+    """Load the newest verified checkpoint, which must be of the same data; None where there is none."""
     saved = checkpoint.newest(folder.checkpoints)
     if saved is None:
-        return Progress(), facts
+        return None
     state = checkpoint.load(saved.path)
-    known = DataFacts.from_dict(state["data"])
-    known.check_same(facts, f"{folder.path}: cannot resume")
+    DataFacts.from_dict(state["data"]).check_same(facts, f"{folder.path}: cannot resume")
     learner.load_state_dict(state["learner"])
-    return Progress(**state["progress"]), known if known.fingerprint else facts
+    return Progress(**state["progress"])
 
 
 def open_journal(folder: RunFolder, step: int) -> Journal:

@@ -26,6 +26,7 @@ from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
 from bootvit.progress import follow_progress
 from bootvit.runs import RunFolder, check_same_data, claim
 from bootvit.tracking import MlflowRun, follow, mlflow_available, run_tags, source_version
+from bootvit.weights import check_weights
 
 
 def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -37,6 +38,9 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
     check_evaluable(config, splits)
     if local and config.ray.num_workers > 1:
         raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process; leave it out for Ray Train")
+    if not (resume and checkpoint.described(config.run_dir / "checkpoints")):
+        for note in check_weights(config, splits.classes):
+            print(f"bootvit: {note}", file=sys.stderr)
     if local:
         pick_device(config.ray.use_gpu)
     else:

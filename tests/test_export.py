@@ -1,34 +1,46 @@
 """Exported networks compute what the run's networks compute, without bootvit."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
-from helpers import ONE, tiny
+from helpers import ONE, tiny, write
+from PIL import Image
 
 from bootvit import checkpoint
 from bootvit.__main__ import main
 from bootvit.config import Config
-from bootvit.errors import UserError
-from bootvit.export import export
+from bootvit.data.facts import DataFacts, Preparation
+from bootvit.data.resize import centre_crop
+from bootvit.errors import RunFailed, UserError
+from bootvit.export import crop_of, export
 from bootvit.learner import Learner
 from bootvit.models.sizes import ROWS
 from bootvit.runs import claim
 
+CLASSES = tuple(f"class {i}" for i in range(10))
 
-def saved_run(folder: Path, **changes: Any) -> tuple[Config, Learner, Path]:
-    """A run with a checkpoint of random weights."""
+
+def saved_run(folder: Path, kind: Any = "resize", **changes: Any) -> tuple[Config, Learner, Path]:
+    """A run with a checkpoint of random weights, biases and BatchNorm statistics: no two of them are equal."""
     config = tiny(ray__storage_path=str(folder), **changes)
     learner = Learner(config, 10, ONE)
+    with torch.no_grad():
+        for parameter in learner.networks.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.02)
+    learner.networks.features(torch.randn(4, 3, *config.image_size))
     learner.networks.eval()
     run, _ = claim(config, resume=False, overwrite=False)
-    data = {"classes": [str(i) for i in range(10)], "mean": [0.5] * 3, "std": [0.2] * 3, "fingerprint": ""}
-    state = {"learner": learner.state_dict(), "progress": {}, "data": data}
+    preparation = Preparation(kind, config.image_size, (0.5, 0.4, 0.3), (0.2, 0.21, 0.22))
+    facts = DataFacts(CLASSES, "abc", preparation)
+    state = {"learner": learner.state_dict(), "progress": {}, "data": facts.to_dict()}
     checkpoint.save(run.checkpoints, state, epoch=1, step=1, final=False)
     return config, learner, run.path
 
@@ -103,19 +115,197 @@ def test_onnx_computes_the_same_for_any_batch(tmp_path: Path, changes: Any, netw
         images = torch.randn(size, 3, 8, 8)
         (out,) = ReferenceEvaluator(graph).run(None, {"images": images.numpy()})
         torch.testing.assert_close(torch.from_numpy(out), logits(learner, network, images), rtol=1e-4, atol=1e-4)
-    facts = json.loads(file.with_suffix(".json").read_text())
-    assert (facts["network"], facts["image_size"], len(facts["classes"])) == (network, [8, 8], 10)
 
 
 @pytest.mark.parametrize("network", ["vit", "agent"])
 @pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
 def test_torchscript_computes_the_same_for_any_batch(tmp_path: Path, network: str) -> None:
     config, learner, run = saved_run(tmp_path, method="shared")
-    file = export(config, run, "torchscript", network=network)
-    module = torch.jit.load(file)  # type: ignore[no-untyped-call]
+    module = script(export(config, run, "torchscript", network=network))
     for size in (1, 5):
         images = torch.randn(size, 3, 8, 8)
         torch.testing.assert_close(module(images), logits(learner, network, images), rtol=1e-5, atol=1e-5)
+
+
+def script(file: Path, extra: dict[str, Any] | None = None) -> Any:
+    """A TorchScript file as others read it."""
+    return torch.jit.load(file, _extra_files=extra)  # type: ignore[no-untyped-call]
+
+
+# ---------------------------------------------------------------------------------------- what a file holds
+
+WIDTH, DEPTH, HIDDEN = 18, 2, 24  # of tiny()
+ALONE = {  # what each network computes with: of the shared agent's ViT no queries and keys, and no value bias by itself
+    ("joint", "vit"): lambda nets: nets.vit,
+    ("joint", "agent"): lambda nets: nets.agent,
+    ("shared", "vit"): lambda nets: nets.vit,
+    ("shared", "agent"): lambda nets: nets.agent,
+}
+BORROWED = DEPTH * (2 * WIDTH * WIDTH + WIDTH + 2 * WIDTH * HIDDEN + HIDDEN + WIDTH)
+
+
+@pytest.mark.parametrize(("method", "network"), ALONE)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_file_of_one_network_holds_no_other(tmp_path: Path, method: str, network: str) -> None:
+    import onnx
+    from onnx import numpy_helper
+
+    config, learner, run = saved_run(tmp_path, method=method)
+    own = ALONE[method, network](learner.networks)
+    borrowed = BORROWED if (method, network) == ("shared", "agent") else 0
+    module = script(export(config, run, "torchscript", network=network))
+    assert sum(p.numel() for p in module.parameters()) == sum(p.numel() for p in own.parameters()) + borrowed
+    assert sum(b.numel() for b in module.buffers()) == sum(b.numel() for b in own.buffers())
+    graph = onnx.load(export(config, run, "onnx", network=network)).graph
+    arrays = [numpy_helper.to_array(one) for one in graph.initializer]
+    numbers = sum(array.size for array in arrays if array.dtype.kind == "f" and array.size > 1)
+    counted = sum(t.numel() for t in (*own.parameters(), *own.buffers()) if t.is_floating_point()) + borrowed
+    assert counted * 0.98 < numbers <= counted  # the exporter folds norms into what they follow
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "timms"),
+    [
+        ("resize", 8, (1.0, "squash")),
+        ("centre_crop", 8, (8 / 9, "center")),
+        ("centre_crop", [8, 16], (0.875, "center")),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*torch.jit:FutureWarning")
+def test_a_file_says_what_it_is_of(tmp_path: Path, kind: str, size: Any, timms: tuple[float, str]) -> None:
+    import onnx
+
+    config, _, run = saved_run(tmp_path, kind, method="vit", data__image_size=size)
+    rows, cols = config.image_size
+    wanted = {
+        "network": "vit",
+        "classes": list(CLASSES),
+        "image_size": [rows, cols],
+        "mean": [0.5, 0.4, 0.3],
+        "std": [0.2, 0.21, 0.22],
+        "kind": kind,
+        "resize_to": [rows, cols] if kind == "resize" else [9, cols * 256 // 224],
+        "interpolation": "bilinear",
+        "crop_pct": timms[0],
+        "crop_mode": timms[1],
+        "fingerprint": "abc",
+    }
+    inside = {"facts.json": ""}
+    file = export(config, run, "torchscript")
+    script(file, inside)
+    assert json.loads(inside["facts.json"]) == json.loads(file.with_suffix(".json").read_text()) == wanted
+    file = export(config, run, "onnx")
+    held = {entry.key: entry.value for entry in onnx.load(file).metadata_props}
+    texts = ("network", "kind", "interpolation", "crop_mode", "fingerprint")
+    assert {key: held[key] if key in texts else json.loads(held[key]) for key in wanted} == wanted
+    assert json.loads(file.with_suffix(".json").read_text()) == wanted
+
+
+# ------------------------------------------------------------------------------------- the images' preparation
+
+SHAPES = [(33, 47), (47, 33), (96, 96), (7, 300), (301, 40), (225, 257)]  # (rows, columns) of images
+
+
+def shown(shape: tuple[int, int]) -> Image.Image:
+    """An image of noise."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize("kind", ["resize", "centre_crop"])
+@pytest.mark.parametrize("size", [8, 32, 96, 224, [8, 24], [40, 24], [80, 96], [95, 10], [160, 224]], ids=str)
+def test_timms_own_transform_gives_our_pixels_and_probabilities(tmp_path: Path, kind: str, size: Any) -> None:
+    patch = [size, size] if isinstance(size, int) else size
+    config, learner, run = saved_run(tmp_path, kind, method="vit", data__image_size=size, model__vit__patch=patch)
+    model = timm.create_model(f"local-dir:{export(config, run, 'timm')}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+    for shape in SHAPES:
+        rows, cols = config.image_size
+        image = shown(shape)
+        ours = (
+            image.resize((cols, rows), Image.Resampling.BILINEAR)
+            if kind == "resize"
+            else centre_crop(image, (rows, cols))
+        )
+        scaled = torch.from_numpy(np.array(ours)).permute(2, 0, 1).float() / 255
+        mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((0.5, 0.4, 0.3), (0.2, 0.21, 0.22)))
+        assert torch.equal(transform(image), (scaled - mean) / std)
+        with torch.no_grad():
+            theirs = model(transform(image)[None]).softmax(1)
+            wanted = logits(learner, "vit", ((scaled - mean) / std)[None]).softmax(1)
+            torch.testing.assert_close(theirs, wanted, rtol=0, atol=1e-6)  # laid out otherwise in memory
+
+
+@pytest.mark.parametrize("side", [443, 815, 890, 1780])  # here side / (side / 506) is 505.99…
+def test_a_crop_share_is_not_lost_to_rounding(side: int) -> None:
+    share = crop_of(Preparation("centre_crop", (side, side), (0.5,) * 3, (0.2,) * 3))["crop_pct"]  # type: ignore[arg-type]
+    assert math.floor(side / share) == round(side * 256 / 224)
+
+
+def test_another_preparation_than_timms_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _, run = saved_run(tmp_path, "centre_crop", method="vit", data__image_size=96, model__vit__patch=96)
+    monkeypatch.setattr("bootvit.export.crop_of", lambda _: {"crop_pct": 0.875, "crop_mode": "center"})  # 109, not 110
+    with pytest.raises(RunFailed, match="timm prepares an image of 37x53 for 96x96 otherwise"):
+        export(config, run, "timm")
+    assert list((run / "export").iterdir()) == []
+
+
+def test_an_export_is_fine_tuned_for_other_classes(tmp_path: Path) -> None:
+    config, learner, run = saved_run(tmp_path, method="vit")
+    model = timm.create_model(f"local-dir:{export(config, run, 'timm')}", pretrained=True, num_classes=3)
+    assert model.head.weight.shape == (3, WIDTH)
+    assert torch.equal(model.blocks[1].mlp.fc1.weight, learner.networks.vit.blocks[1].mlp.fc1.weight)  # type: ignore[union-attr, index]
+
+
+# ------------------------------------------------------------------------------------------------- places
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, _, run = saved_run(tmp_path / "run")
+    folder = tmp_path / "out"
+    folder.mkdir()
+
+    def broken(*_: Any, **__: Any) -> None:
+        raise RunFailed("no facts")
+
+    for form, name in (("torchscript", "a.pt"), ("onnx", "a.onnx"), ("timm", "a")):
+        with monkeypatch.context() as patched:
+            patched.setattr("bootvit.export.write_json", broken)  # the last that is written
+            with pytest.raises(RunFailed):
+                export(config, run, form, network="vit", out=folder / name)
+        assert list(folder.iterdir()) == []
+    export(config, run, "timm", network="vit", out=folder / "a")
+    before = (folder / "a" / "config.json").stat().st_mtime_ns
+    export(config, run, "timm", network="vit", out=folder / "a")  # again: replaced
+    assert (folder / "a" / "config.json").stat().st_mtime_ns > before
+    assert [child.name for child in folder.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("form", "out", "said"),
+    [
+        ("onnx", "nowhere/a.onnx", "there is no folder"),
+        ("torchscript", "file/a.pt", "there is no folder"),
+        ("timm", "nowhere/a", "there is no folder"),
+        ("timm", "file", "is a file; --format timm writes a folder"),
+        ("timm", "folder", "there are other files in this folder"),
+        ("onnx", "folder", "is a folder; --format onnx writes a file"),
+        ("onnx", "a.json", "use .onnx"),
+    ],
+)
+def test_a_place_that_cannot_be_written_to_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], form: str, out: str, said: str
+) -> None:
+    _, _, run = saved_run(tmp_path)
+    write(tmp_path / "file", "mine")
+    write(tmp_path / "folder/notes.txt", "mine")
+    there = sorted(tmp_path.rglob("*"))
+    place = tmp_path / out
+    assert main(["export", str(run), "--format", form, "--network", "vit", "--out", str(place)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith(f"bootvit: error: --out {place}: ")
+    assert said in err
+    assert err.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == there
 
 
 def test_the_command_prints_where_it_wrote(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent / "parity"))
 
-from parity_kit import as_case
+from parity_kit import Case, ParityError, as_case
+from parity_pieces import check_decay
 from test_parity import run_case
 
 CLASSES, DEPTH, BATCH = 6, 3, 4
@@ -101,7 +102,7 @@ def joint(v: Any, c: Any, hint: Any, *, weights: Any = None, decayed: Any = ("hi
 
 
 def shared(v: Any, patch: Any, hint: Any, *, pre: bool, pools: tuple[int, ...] = (), clip: float | None = None,
-           **training: Any) -> dict[str, Any]:  # fmt: skip
+           weights: Any = None, decayed: Any = ("hint_vit", "kd_cnn"), **training: Any) -> dict[str, Any]:  # fmt: skip
     """A CNN on the Transformer's weights."""
     layers = {
         "extract_layers_vit": [f"transformer.layers.{i}" for i in range(DEPTH)],
@@ -109,14 +110,15 @@ def shared(v: Any, patch: Any, hint: Any, *, pre: bool, pools: tuple[int, ...] =
     }
     own = {"norm": {"name": "bn"}, "input_proj": stem(patch), "pre_norm": pre, "down_sample_layers": list(pools)}
     networks = {"name": "joint_model", "vit": v, "cnn": own, "joint": {"clip_max_norm": clip}, **layers}
-    decay = {"use_decay": True, "decay_items": ["hint_vit", "kd_cnn"]}
+    decay = {"use_decay": True, "decay_items": list(decayed)}
     return {
         "num_classes": CLASSES,
         "mutual": {"cfg": networks, "joint_training": True, "master": "vit"},
         "training": TRAINING | {"train_epochs": 4, "decay_strategy": decay} | training,
         "loss": {
             "name": "joint_mutual_loss",
-            "weight_dict": {
+            "weight_dict": weights
+            or {
                 "cls_cnn": 0.5,
                 "cls_vit": 0.7,
                 "kd_cnn": 0.4,
@@ -174,7 +176,31 @@ VARIANTS: dict[str, tuple[dict[str, Any], tuple[int, int]]] = {
         shared(vit(8, 16, 32, 16, "deit", **SPARSE), None, hint_cfg(16, 2), pre=True, pools=(0,)),
         (32, 32),
     ),
+    "shared, other terms decay": (
+        shared(vit(5, 20, 16, 8), 8, hint_cfg(20), pre=True, decayed=("kd_vit", "cls_cnn", "hint_cnn")),
+        (16, 16),
+    ),
+    "shared, a few terms, all decay": (
+        shared(
+            vit(5, 20, 16, 8),
+            8,
+            hint_cfg(20),
+            pre=False,
+            weights={"cls_vit": 0.3, "cls_cnn": 2.0, "kd_vit": 1.5},
+            decayed=("cls_vit", "cls_cnn", "kd_vit", "kd_cnn", "hint_vit", "hint_cnn"),
+        ),
+        (16, 16),
+    ),
+    "joint, labels and distillation decay": (
+        joint(vit(4, 16, 16, 8), cnn(16, 8, 9, pre=True), hint_cfg(16), decayed=("cls", "kd")),
+        (16, 16),
+    ),
+    "joint, names of shared training decay nothing": (
+        joint(vit(4, 16, 16, 8), cnn(16, 8, 9, pre=True), hint_cfg(16), decayed=("kd_vit", "cls_cnn", "hint_cnn")),
+        (16, 16),
+    ),
 }
+ITEMS = ("cls", "kd", "cls_vit", "cls_cnn", "kd_vit", "kd_cnn", "hint_vit", "hint_cnn")
 
 
 class Slow:
@@ -227,12 +253,16 @@ class Slow:
         """Every loss item."""
         return slow.items(out, labels, self.config["loss"], shared=self.shared)
 
-    def totals(self, named: dict[str, Tensor], epoch: int | None) -> dict[str, Tensor]:
-        """The weighted totals in an epoch; None: never decayed."""
+    def factors(self, epoch: int | None) -> dict[str, float]:
+        """What each name of a weight is multiplied by in an epoch; None: never decayed."""
         strategy = self.config["training"].get("decay_strategy", {})
         factor = 1.0 if epoch is None else max(0.0, 1 - epoch / self.config["training"]["train_epochs"])
         faded = strategy.get("decay_items", []) if strategy.get("use_decay") else []
-        return slow.totals(named, self.config["loss"], dict.fromkeys(faded, factor))
+        return {item: factor if item in faded else 1.0 for item in ITEMS}
+
+    def totals(self, named: dict[str, Tensor], epoch: int | None) -> dict[str, Tensor]:
+        """The weighted totals in an epoch; None: never decayed."""
+        return slow.totals(named, self.config["loss"], self.factors(epoch))
 
     def snapshot(self, start: str) -> dict[str, Tensor]:
         """The state dict as the kit stores it, float32 where that loses nothing."""
@@ -313,6 +343,7 @@ def one_pass(config: dict[str, Any], size: tuple[int, int]) -> tuple[dict[str, A
         "scalars": {
             "loss_items_train": numbers(losses),
             "totals_train_by_epoch": {str(e): numbers(net.totals(losses, e)) for e in (0, 1, 3)},
+            **{f"decay_{item}_by_epoch": {str(e): net.factors(e)[item] for e in (0, 1, 3)} for item in ITEMS},
             "eval": {
                 "loss_dict": named,
                 "totals": numbers(net.totals(net.items(calm, labels), None)),
@@ -446,3 +477,38 @@ def test_one_pass(name: str) -> None:
 def test_trajectory(name: str) -> None:
     facts, tensors = trajectory(*VARIANTS[name])
     run_case(as_case(name, facts, tensors))
+
+
+def decay_case(items: list[str], *, used: bool = True, by_epoch: dict[str, list[float]]) -> Case:
+    """A case that has nothing but one row of decay factors."""
+    row = {"train_epochs": 8, "decay_items": items, "use_decay": used, "epochs": [0, 2, 7, 8, 9], "by_epoch": by_epoch}
+    return as_case("decay", {"scalars": {"decay": [row]}}, {})
+
+
+FADING, STEADY = [1.0, 0.75, 0.125, 0.0, 0.0], [1.0] * 5
+
+
+@pytest.mark.parametrize("faded", ITEMS)
+def test_every_term_of_both_mutual_losses_has_a_factor(faded: str) -> None:
+    rows = {item: FADING if item == faded else STEADY for item in ITEMS}
+    for case in (
+        decay_case([faded], by_epoch=rows),
+        decay_case([faded], used=False, by_epoch=dict.fromkeys(ITEMS, STEADY)),
+        decay_case([*ITEMS], by_epoch=dict.fromkeys(ITEMS, FADING)),
+    ):
+        check_decay(case, case.scalars["decay"][0])
+
+
+@pytest.mark.parametrize("faded", ITEMS)
+def test_a_wrong_factor_of_any_term_is_noticed(faded: str) -> None:
+    rows = {item: FADING if item == faded else STEADY for item in ITEMS}
+    for item in ITEMS:
+        wrong = decay_case([faded], by_epoch=rows | {item: STEADY if item == faded else FADING})
+        with pytest.raises(ParityError, match=f"decay {item} "):
+            check_decay(wrong, wrong.scalars["decay"][0])
+
+
+def test_a_factor_of_no_term_is_noticed() -> None:
+    case = decay_case(["hint_vit"], by_epoch={"kd_dist": STEADY})
+    with pytest.raises(ParityError, match="no mutual loss has a term 'kd_dist'"):
+        check_decay(case, case.scalars["decay"][0])

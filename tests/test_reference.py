@@ -125,6 +125,21 @@ def test_joint_training_takes_each_networks_own_optimiser(joint_file: Path) -> N
     )
 
 
+def test_terms_that_decay_are_known_by_name(joint_file: Path) -> None:
+    settings = read_settings(joint_file)
+    strategy = settings["training"]["decay_strategy"]
+    for items, vit, agent in (
+        (["cls", "hint_cnn"], ("ce",), ("ce", "hint")),
+        (["kd_vit", "cls_cnn"], (), ()),  # of shared training: the reference fades nothing here
+    ):
+        strategy["decay_items"] = items
+        objective = translate(settings, "joint.yaml").objective
+        assert (objective.vit.decayed, objective.agent.decayed) == (vit, agent)
+    strategy["decay_items"] = ["hint"]
+    with pytest.raises(UserError, match=r"decay_strategy\.decay_items: 'hint' is no term of a loss, only cls"):
+        translate(settings, "joint.yaml")
+
+
 def test_the_users_overrides_come_last() -> None:
     config = translate(yaml.safe_load(VIT), "vit.yaml", ["schedule.epochs=3", "data.source=fake"])
     assert (config.schedule.epochs, config.data.source) == (3, "fake")

@@ -235,6 +235,8 @@ BASE = {"model": {"vit": {"name": "bootvit_base_patch16_224"}, "agent": {"name":
         ("shared", "agent", BASE, "shared_base.agent"),
         ("joint", "vit", {"model": {"agent": {"name": "resnet50"}}}, None),
         ("joint", "vit", {"optim": {"sam_rho": 0.1}}, None),
+        ("joint", "vit", {"model": {"agent": {"weights": "/runs/other"}}}, None),
+        ("agent", "agent", {"model": {"agent": {"name": "resnet50", "weights": "timm"}}}, None),
         ("vit", "vit", {"model": {"vit": {"width": 72}}}, None),
         ("vit", "vit", {"data": {"image_size": 32}}, None),
         (

@@ -10,6 +10,7 @@ from bootvit.config import Config, DataConfig
 from bootvit.data import open_splits
 from bootvit.errors import UserError
 from bootvit.loop import check_evaluable
+from bootvit.weights import check_weights
 from tune.schema import Sweep
 
 
@@ -38,11 +39,23 @@ def fingerprints(data: DataConfig) -> Facts:
 
 
 def check_data(sweep: Sweep, configs: Iterable[Config]) -> None:
-    """Open every data set and fraction that the sweep uses; `UserError` for one that cannot be used."""
+    """Open every data set, fraction and file of weights that the sweep uses; `UserError` for an unusable one."""
+    checked: set[str] = set()
     for config in configs:
         facts = fingerprints(config.data)
+        networks = config.model_dump_json(include={"method": True, "model": True, "data": {"image_size"}})
+        if networks not in checked:
+            _check_weights(sweep, config)
+            checked.add(networks)
         if sweep.file.test == "retrain" and not facts.has_test:
             source = config.data.source
             raise UserError(f"{sweep.path}: test=retrain: data.source={source} has no test split; use test: trial")
         if sweep.file.test == "retrain" and sweep.file.algorithm == "pbt":
             raise UserError(f"{sweep.path}: test=retrain: pbt's winner is a schedule, not a setting; use test: trial")
+
+
+def _check_weights(sweep: Sweep, config: Config) -> None:
+    try:
+        check_weights(config)
+    except UserError as err:
+        raise UserError(f"{sweep.path}: {err}") from err

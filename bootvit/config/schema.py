@@ -43,7 +43,9 @@ class ViTConfig(Section):
     )
     dropout: Rate = Field(0.0, description="on attention weights, on both residual branches and in the MLP")
     pos_dropout: Rate = Field(0.0, description="after the position table is added")
-    weights: str | None = Field(None, description="'timm' (its hub) or a local file to start from; null: from scratch")
+    weights: str | None = Field(
+        None, description="a run, its checkpoint, a timm export, a file, or timm (its hub); null: from scratch"
+    )
 
 
 class AgentConfig(Section):
@@ -64,7 +66,7 @@ class AgentConfig(Section):
     residual_dropout: Rate | None = Field(None, description="on both branches; null: 0, and the ViT's when shared")
     sync_norm: bool = Field(False, description="BatchNorm statistics over all workers")
     value_bias: bool = Field(True, description="shared: add the value bias, as attention does; the reference does not")
-    weights: str | None = Field(None, description="for a timm CNN: 'timm' or a local file; null: from scratch")
+    weights: str | None = Field(None, description="as the ViT's; timm only for a CNN of timm")
 
 
 class ModelConfig(Section):

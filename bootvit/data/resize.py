@@ -150,20 +150,37 @@ LARGEST = 1 << 28  # pixels of a resized image: one of 1x100000 would fill the m
 
 
 def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
-    """Evaluation of large images: shrink so that 256/224 of `size` is just covered, then cut out the centre.
-
-    For a square `size` this is torchvision's Resize(round(side x 256 / 224)) and CenterCrop(side).
-    """
-    rows, cols = round(size[0] * 256 / 224), round(size[1] * 256 / 224)
-    if rows * image.width >= cols * image.height:
-        cols = max(cols, int(rows * image.width / image.height))
-    else:
-        rows = max(rows, int(cols * image.height / image.width))
+    """Evaluation of large images: shrink so that 256/224 of `size` is just covered, then cut out the centre."""
+    rows, cols = shrunk(image.height, image.width, size)
     if rows * cols > LARGEST:
         raise BrokenImage(f"{image.height}x{image.width} pixels: too long to be cropped, {rows}x{cols} once resized")
     image = enlarge(image, (rows, cols))
     top, left = round((rows - size[0]) / 2), round((cols - size[1]) / 2)
     return image.crop((left, top, left + size[1], top + size[0]))
+
+
+def covered(size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) that an image of any shape is shrunk to cover, before `size` is cut out of it: 256/224 of `size`.
+
+    A square is rounded, as 256 of 224 is; other shapes are rounded down, as timm does it.
+    """
+    if size[0] == size[1]:
+        side = round(size[0] * 256 / 224)
+        return side, side
+    return size[0] * 256 // 224, size[1] * 256 // 224
+
+
+def shrunk(rows: int, cols: int, size: tuple[int, int]) -> tuple[int, int]:
+    """(rows, cols) of an image of rows x cols once it is shrunk: that of torchvision's Resize, or timm's for an oblong.
+
+    torchvision truncates the longer side, timm's ResizeKeepRatio rounds it.
+    """
+    wanted = covered(size)
+    if wanted[0] == wanted[1]:
+        side = wanted[0]
+        return (side, int(side * cols / rows)) if rows <= cols else (int(side * rows / cols), side)
+    ratio = min(rows / wanted[0], cols / wanted[1])
+    return round(rows / ratio), round(cols / ratio)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -31,7 +31,7 @@ from bootvit.models.shared import SharedMixer, SharedMLP
 from bootvit.models.vit import EntmaxAttention, FixedEntmaxAttention, init_as_reference
 
 if TYPE_CHECKING:
-    from bootvit.config import AgentConfig, Config, ViTConfig
+    from bootvit.config import AgentConfig, Config, Network, ViTConfig
 
 __all__ = [
     "ViTShape",
@@ -41,6 +41,7 @@ __all__ = [
     "check_models",
     "mirrors",
     "named_shape",
+    "pretrained",
     "tap_rule",
     "vit_grid",
     "vit_shape",
@@ -151,13 +152,23 @@ def vit_shape(vit: ViTConfig) -> ViTShape:
 
 
 def build_vit(config: Config, num_classes: int) -> VisionTransformer:
-    """The student, freshly initialised or from the weights that the config names."""
+    """The student, freshly initialised; `bootvit.weights` loads the weights that the config names."""
+    model = timm.create_model(config.model.vit.name, num_classes=num_classes, **_vit_arguments(config))
+    if isinstance(model, VisionTransformerDistilled):
+        model.set_distilled_training(True)
+    if config.model.init == "reference":
+        init_as_reference(model)
+    return model
+
+
+def _vit_arguments(config: Config) -> dict[str, Any]:
+    """What differs from the named model, as `timm.create_model` takes it."""
     vit, shape = config.model.vit, vit_shape(config.model.vit)
-    sizes: dict[str, Any] = {}
+    sizes: dict[str, Any] = {"img_size": config.image_size}
     if vit.width is not None or vit.depth is not None or vit.heads is not None or vit.mlp_width is not None:
         # timm takes a ratio and truncates: half a unit more keeps the product from falling below the integer
         ratio = (shape.mlp_width + 0.5) / shape.width
-        sizes = {"embed_dim": shape.width, "depth": shape.depth, "num_heads": shape.heads, "mlp_ratio": ratio}
+        sizes |= {"embed_dim": shape.width, "depth": shape.depth, "num_heads": shape.heads, "mlp_ratio": ratio}
     if vit.patch is not None:
         sizes["patch_size"] = shape.patch
     if vit.norm_eps is not None:
@@ -168,20 +179,14 @@ def build_vit(config: Config, num_classes: int) -> VisionTransformer:
         sizes |= {"proj_drop_rate": vit.dropout, "attn_drop_rate": vit.dropout}
     if vit.pos_dropout:
         sizes["pos_drop_rate"] = vit.pos_dropout
-    if vit.weights not in (None, "timm"):
-        sizes["pretrained_cfg_overlay"] = {"file": vit.weights, "num_classes": -1}
-    model = timm.create_model(
-        vit.name,
-        pretrained=vit.weights is not None,
-        num_classes=num_classes,
-        img_size=config.image_size,
-        **sizes,
-    )
-    if isinstance(model, VisionTransformerDistilled):
-        model.set_distilled_training(True)
-    if config.model.init == "reference" and vit.weights is None:
-        init_as_reference(model)
-    return model
+    return sizes
+
+
+def pretrained(config: Config, network: Network) -> nn.Module:
+    """timm's own model with the weights of its hub, head included, in the config's sizes."""
+    if network == "agent":
+        return timm.create_model(config.model.agent.name, pretrained=True)  # type: ignore[no-any-return]
+    return timm.create_model(config.model.vit.name, pretrained=True, **_vit_arguments(config))  # type: ignore[no-any-return]
 
 
 def tap_rule(agent: AgentConfig, vit_name: str) -> TapRule:
@@ -195,7 +200,7 @@ def build_agent(config: Config, num_classes: int, vit: VisionTransformer | None)
     """The agent: on its own weights, on those of `vit` (method `shared`), or a CNN of timm in its place."""
     cfg = config.model.agent
     if not mirrors(cfg):
-        return TimmCNN(_timm_cnn(cfg, num_classes))
+        return TimmCNN(timm.create_model(cfg.name, num_classes=num_classes))
     shape = vit_shape(config.model.vit)
     if config.method == "shared":
         assert vit is not None
@@ -259,11 +264,6 @@ def _shared_blocks(config: Config, vit: VisionTransformer, taps: tuple[Tap, ...]
     ]
 
 
-def _timm_cnn(cfg: AgentConfig, num_classes: int) -> nn.Module:
-    overlay = {} if cfg.weights in (None, "timm") else {"pretrained_cfg_overlay": {"file": cfg.weights}}
-    return timm.create_model(cfg.name, pretrained=cfg.weights is not None, num_classes=num_classes, **overlay)  # type: ignore[no-any-return]
-
-
 # ------------------------------------------------------------------------------------------------ checks
 
 
@@ -293,8 +293,8 @@ def _check_agent(config: Config) -> None:
                 f"model.agent.name={cfg.name!r} cannot share the ViT's weights: use agent_small or agent_base"
             )
         return
-    if cfg.weights is not None:
-        raise UserError(f"model.agent.weights={cfg.weights!r}: only a CNN of timm starts from weights, not {cfg.name}")
+    if cfg.weights == "timm":
+        raise UserError(f"model.agent.weights=timm: {cfg.name} is no model of timm; it starts from a run that has one")
     shape = vit_shape(config.model.vit)
     if cfg.stem == "patch":
         _check_patch("model.agent.patch", agent_patch(cfg, shape), config)

@@ -102,12 +102,8 @@ def read_mutual_loss(loss: Node, decay: Node, *, shared: bool) -> tuple[Sections
     terms = {items[item] for item in listed}
     weights, decayed = _read_weights(loss.section("weight_dict"), shared=shared), _decayed(decay)
     networks: Sections = {}
-    for net, name in OTHER.items():
-        keys = {
-            "ce": f"cls_{name}" if shared else "cls",
-            "kd": f"kd_{name}" if shared else "kd",
-            "hint": f"hint_{name}",
-        }
+    for net in OTHER:
+        keys = _weight_names(net, shared=shared)
         networks[net] = {term: weights[key] if term in terms else 0.0 for term, key in keys.items()}
         networks[net]["decayed"] = [term for term, key in keys.items() if key in decayed]
     hint = _read_hint(loss.section("hint_cfg")) if "hint" in terms else None
@@ -122,17 +118,34 @@ def read_mutual_loss(loss: Node, decay: Node, *, shared: bool) -> tuple[Sections
     return objective | networks, hint
 
 
+def _weight_names(net: Network, *, shared: bool) -> dict[str, str]:
+    """{our term: the name of its weight, which `decay_items` lists too} of one network in a mutual loss."""
+    name = OTHER[net]
+    own = f"_{name}" if shared else ""  # in joint training both networks have one weight
+    return {"ce": f"cls{own}", "kd": f"kd{own}", "hint": f"hint_{name}"}
+
+
+def _all_weight_names(*, shared: bool) -> list[str]:
+    return list(dict.fromkeys(name for net in OTHER for name in _weight_names(net, shared=shared).values()))
+
+
 def _read_weights(weights: Node, *, shared: bool) -> dict[str, float]:
     """Every weight that a loss item can have; an item without one is ignored."""
-    names = ("cls_vit", "cls_cnn", "kd_vit", "kd_cnn") if shared else ("cls", "kd")
-    read = {name: float(weights.number(name, 0.0)) for name in (*names, "hint_vit", "hint_cnn")}
+    read = {name: float(weights.number(name, 0.0)) for name in _all_weight_names(shared=shared)}
     weights.done()
     return read
 
 
 def _decayed(decay: Node) -> list[str]:
-    """The weights that fade to zero."""
+    """The weights that fade to zero.
+
+    The names of the other kind of mutual loss are taken too: there they fade a term, here none, as in the reference.
+    """
     items = decay.listing("decay_items", str, [])
+    known = list(dict.fromkeys(_all_weight_names(shared=False) + _all_weight_names(shared=True)))
+    unknown = [item for item in items if item not in known]
+    if unknown:
+        raise UserError(f"{decay.where('decay_items')}: {unknown[0]!r} is no term of a loss, only {', '.join(known)}")
     used = decay.only("use_decay", (True, False), default=False)
     decay.done()
     return items if used else []

@@ -44,13 +44,14 @@ def paper_row(method: str, network: str, config: Mapping[str, str]) -> str | Non
     """What the paper's tables call this network, such as `joint_small.vit`; None for any other model."""
     if not _is_papers_size(config):
         return None
-    vit, agent = _vit(config), _agent(config)
+    agent_from_scratch = config.get("model.agent.weights", "null") == "null"  # as all of the paper's
+    vit, agent = _vit(config), _agent(config) if agent_from_scratch else None
     if method == "vit":
         return _single_vit(vit, config)
     if method == "agent":
         return agent
     plain = config.get("optim.sam_rho", "null") == "null" and config.get("model.vit.attention") == "softmax"
-    if not plain or vit is None or config.get("model.vit.weights", "null") != "null":
+    if not plain or vit is None or agent is None or config.get("model.vit.weights", "null") != "null":
         return None
     if method == "joint" and agent != f"agent_{vit}":
         return None

@@ -25,6 +25,15 @@ SETTINGS = ("model", "mutual", "loss", "training", "dataset", "validation", "sub
 GOLDEN = ("output.", "grad.", "after_train_forward.", "final.", "final_clip_every_step.", "output_fp32.")
 CPU = torch.device("cpu")
 NAMES = {"vit": "vit", "agent": "cnn"}  # our network: the reference's
+# The names of weights, which `decay_items` lists too: {name: (our networks, our term)} of a mutual loss
+HINTS = {"hint_vit": (("vit",), "hint"), "hint_cnn": (("agent",), "hint")}
+JOINT_ITEMS = {"cls": (("vit", "agent"), "ce"), "kd": (("vit", "agent"), "kd")} | HINTS
+SHARED_ITEMS = {
+    "cls_vit": (("vit",), "ce"),
+    "cls_cnn": (("agent",), "ce"),
+    "kd_vit": (("vit",), "kd"),
+    "kd_cnn": (("agent",), "kd"),
+} | HINTS
 
 
 class ParityError(AssertionError):

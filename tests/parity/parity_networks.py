@@ -7,14 +7,26 @@ import re
 from typing import Any
 
 import torch
-from parity_kit import NAMES, Case, ParityError, build, compare_items, loss_items
+from parity_kit import (
+    JOINT_ITEMS,
+    NAMES,
+    SHARED_ITEMS,
+    Case,
+    ParityError,
+    build,
+    compare_items,
+    loss_items,
+)
 from torch import Tensor
 
 from bootvit.config import Config
 from bootvit.learner import Learner, Networks
 from bootvit.models import Features
 from bootvit.objective import loss_terms, total_loss
+from bootvit.optim import linear_decay
 from bootvit.reference import WeightNames
+from bootvit.reference.files import Node
+from bootvit.reference.training import read_mutual_loss
 
 COARSE = 1e-4  # our float32 against the reference's
 ROUNDED = 1e-6  # accuracies, which the reference computes in float32
@@ -110,19 +122,47 @@ def named_totals(terms: dict[Any, Any], config: Config, decay: float) -> dict[st
 
 
 def check_decay(case: Case, learner: Learner) -> None:
-    """`decay_ITEM_by_epoch`: ITEM is a weight's name, such as hint_vit."""
+    """`decay_ITEM_by_epoch`: ITEM is a weight's name, such as hint_vit, of a joint loss or of a shared one."""
+    own = SHARED_ITEMS if learner.config.method == "shared" else JOINT_ITEMS
     for key, by_epoch in case.scalars.items():
         found = re.fullmatch(r"decay_(.+)_by_epoch", key)
         for epoch, value in by_epoch.items() if found else ():
-            case.close(f"{key}[{epoch}]", item_decay(learner, found[1], int(epoch)), value)
+            if found[1] in own:
+                objective = learner.config.objective.model_dump()
+                compare_decay(case, f"{key}[{epoch}]", objective, own[found[1]], learner.decay(int(epoch)), value)
+            else:  # a name that this loss has no term for: only the settings know of it
+                strategy, epochs = case.config["training"].get("decay_strategy", {}), learner.config.schedule.epochs
+                check_decay_setting(case, strategy, found[1], int(epoch), epochs, value)
 
 
-def item_decay(learner: Learner, item: str, epoch: int) -> float:
-    """The factor of the terms that one weight of the reference stands for."""
-    term, _, name = item.partition("_")
-    net = {"vit": "vit", "cnn": "agent"}.get(name, "vit")
-    decayed = getattr(learner.config.objective, net).decayed
-    return learner.decay(epoch) if {"cls": "ce"}.get(term, term) in decayed else 1.0
+def check_decay_setting(
+    case: Case, strategy: dict[str, Any], item: str, epoch: int, epochs: int, expected: float
+) -> None:
+    """The factor of an item, through the settings of the mutual losses that have such a term: joint, shared or both."""
+    losses = [
+        (name, shared, items[item])
+        for name, shared, items in (
+            ("base_mutual_loss", False, JOINT_ITEMS),
+            ("joint_mutual_loss", True, SHARED_ITEMS),
+        )
+        if item in items
+    ]
+    if not losses:
+        raise ParityError(f"{case.name}: no mutual loss has a term {item!r}")
+    for name, shared, term in losses:
+        loss = {"name": name, "weight_dict": {}, "loss_items": []}
+        objective, _ = read_mutual_loss(Node(loss, "loss"), Node(dict(strategy), "decay_strategy"), shared=shared)
+        compare_decay(case, f"decay {item} {epoch} ({name})", objective, term, linear_decay(epoch, epochs), expected)
+
+
+def compare_decay(
+    case: Case, what: str, objective: dict[str, Any], term: tuple[tuple[str, ...], str], factor: float, expected: float
+) -> None:
+    """The recorded factor against `factor` where the objective says that the term fades, and 1 elsewhere."""
+    networks, name = term
+    for net in networks:
+        on = objective["hint_decay"] == "linear" and name in objective[net]["decayed"]
+        case.close(f"{what}, {net}", factor if on else 1.0, expected)
 
 
 def compare_outputs(case: Case, features: dict[Any, Features]) -> None:

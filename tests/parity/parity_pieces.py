@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from parity_kit import Case, ParityError, config_of, settings
+from parity_networks import check_decay_setting
 from PIL import Image
 from timm.layers import Attention
 
@@ -24,9 +25,9 @@ from bootvit.models.agent import HeadTapConv, head_taps, resnet_stem
 from bootvit.models.shared import SharedMixer
 from bootvit.models.vit import sparse_weights
 from bootvit.objective import block_hint, kd_loss
-from bootvit.optim import learning_rate, linear_decay
+from bootvit.optim import learning_rate
 from bootvit.reference.files import Node
-from bootvit.reference.training import SOURCES, read_mutual_loss, read_schedule
+from bootvit.reference.training import SOURCES, read_schedule
 
 EIGHT_BITS = 1e-6  # preprocessing, recorded in float32
 
@@ -236,16 +237,11 @@ def check_rates(case: Case, row: dict[str, Any]) -> None:
 
 
 def check_decay(case: Case, row: dict[str, Any]) -> None:
-    """The factor of every weight's terms, through the settings of a mutual loss."""
+    """The factor of every weight's terms, through the settings of the mutual losses that have them."""
     strategy = {"use_decay": row["use_decay"], "decay_items": row["decay_items"]}
-    loss = {"name": "base_mutual_loss", "weight_dict": {}, "loss_items": []}
-    objective, _ = read_mutual_loss(Node(loss, "loss"), Node(strategy, "decay_strategy"), shared=False)
-    terms = {"cls": "ce", "kd": "kd", "hint_vit": "hint", "hint_cnn": "hint"}
-    for prefix, values in row["by_epoch"].items():
-        net = "agent" if prefix.endswith("cnn") else "vit"
-        on = objective["hint_decay"] == "linear" and terms[prefix] in objective[net]["decayed"]
+    for item, values in row["by_epoch"].items():
         for epoch, value in zip(row["epochs"], values, strict=True):
-            case.close(f"decay {prefix} {epoch}", linear_decay(epoch, row["train_epochs"]) if on else 1.0, value)
+            check_decay_setting(case, strategy, item, epoch, row["train_epochs"], value)
 
 
 def check_accuracy(case: Case) -> None:
