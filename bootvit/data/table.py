@@ -7,6 +7,7 @@ mapped into memory, Parquet row groups) and are read when they are needed.
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -55,7 +56,7 @@ class FileImages:
     """One file an image, below `root`."""
 
     root: Path
-    paths: pa.Array  # strings
+    paths: pa.Array  # binary: names are bytes to the file system, and need not be UTF-8
 
     def open(self, row: int) -> Image.Image:
         """Read and decode one image."""
@@ -71,18 +72,34 @@ class FileImages:
 
     def where(self, row: int) -> str:
         """The file."""
-        return str(self.root / self.paths[int(row)].as_py())
+        return printable(self._path(row))
 
     def stamp(self, rows: Rows) -> bytes:
         """Sizes and times of the files: a cache made from other files of the same names must not be used."""
-        stats = [Path(self.where(row)).stat() for row in rows]
-        return repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+        return repr([_stamp(self._path(row)) for row in rows]).encode()
+
+    def _path(self, row: int) -> Path:
+        return self.root / os.fsdecode(self.paths[int(row)].as_py())
 
     def _read(self, row: int) -> bytes:
         try:
-            return Path(self.where(row)).read_bytes()
+            return self._path(row).read_bytes()
         except OSError as err:
-            raise BrokenImage(str(err)) from err
+            raise BrokenImage(err.strerror or str(err)) from err
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """None for a file that is gone, such as behind a link that leads nowhere: that is found when it is read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def printable(name: str | Path) -> str:
+    """A file's name or path as text for any terminal, log and data base: bytes that are not UTF-8 become `\\xe9`."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
