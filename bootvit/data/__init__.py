@@ -38,15 +38,21 @@ class DataSplits:
     mean: RGB
     std: RGB
     fingerprint: str  # 32 hex digits of the whole data set, whatever the fraction
+    notes: tuple[str, ...] = ()  # what was assumed about the data
 
 
-def open_splits(data: DataConfig) -> DataSplits:
-    """Open the source and choose the images to train on, to select with and to test on."""
-    table = open_table(data, "train")
+def open_splits(data: DataConfig, classes: tuple[str, ...] | None = None) -> DataSplits:
+    """Open the source and choose the images to train on, to select with and to test on.
+
+    With `classes`, those of a run, the data set's labels count in them, by name; a class with images that is not among
+    them is a `UserError`.
+    """
+    notes: list[str] = []
+    table = open_table(data, "train", classes=classes, notes=notes)
     if table is None:
         raise UserError(f"data.root={data.root}: no training split")
     splits = select(table, data)
-    test = open_table(data, "test", like=table)
+    test = open_table(data, "test", like=table, notes=notes)
     prints = table.fingerprint + (test.fingerprint if test else "")
     return DataSplits(
         train=splits.train,
@@ -56,4 +62,5 @@ def open_splits(data: DataConfig) -> DataSplits:
         mean=table.mean,
         std=table.std,
         fingerprint=hashlib.sha256(prints.encode()).hexdigest()[:32],
+        notes=tuple(notes),
     )

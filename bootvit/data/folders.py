@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -150,6 +150,6 @@ def _keys(folder: Path, paths: list[str]) -> list[str]:
     """The paths as text; a name that is not UTF-8 may then read like another one."""
     keys = [printable(path) for path in paths]
     if keys != paths and len(set(keys)) != len(keys):
-        same = next(key for i, key in enumerate(sorted(keys)) if i and sorted(keys)[i - 1] == key)
+        same = Counter(keys).most_common(1)[0][0]
         raise UserError(f"{printable(folder)}: two images read {same!r}: rename the one whose name is not UTF-8")
     return keys

@@ -31,8 +31,8 @@ class Found:
 def relabel(labels: Rows, names: Sequence[str], classes: Sequence[str], where: str) -> Rows:
     """Labels that count in `names` as labels that count in `classes`, by name.
 
-    Raises `UserError`, which begins with `where`, for images of a class that `classes` lacks. Labels that are no index
-    of `names` stay as they are if both begin alike (they are refused later), else they are refused here.
+    Raises `UserError`, which begins with `where`, for images of a class that `classes` lacks, and for a label without
+    a name; but where `classes` begins with `names`, labels are returned as they are.
     """
     if list(names) == list(classes[: len(names)]):
         return labels
@@ -46,8 +46,7 @@ def relabel(labels: Rows, names: Sequence[str], classes: Sequence[str], where: s
         counts = np.bincount(labels, minlength=len(names))
         lacking = [names[label] for label in np.flatnonzero((new < 0) & (counts > 0))]
         raise UserError(
-            f"{where}: there is no class {listed(lacking)} among the training classes {listed(classes)}: "
-            f"{int((out < 0).sum())} images"
+            f"{where}: there is no class {listed(lacking)} ({int((out < 0).sum())} images) among {listed(classes)}"
         )
     return out
 

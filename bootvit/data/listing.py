@@ -14,8 +14,10 @@ from bootvit.errors import UserError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 DROPPINGS = frozenset(  # of archives, file servers and operating systems; names with a leading dot come to these
-    ("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found")
-    + ("__pycache__", "Thumbs.db", "desktop.ini")
+    (
+        *("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
+        *("__pycache__", "Thumbs.db", "desktop.ini"),
+    )
 )
 
 Entry = os.DirEntry[str]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +22,7 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bootvit.data.decode import BrokenImage, decode, encode_png
+from bootvit.errors import OF_THE_MACHINE, UserError
 
 Rows = npt.NDArray[np.int64]
 RGB = tuple[float, float, float]
@@ -142,7 +144,8 @@ class ParquetImages:
         """(first row, file, row group in the file) of every row group."""
         out, first = [], 0
         for number, path in enumerate(self.files):
-            meta = pq.read_metadata(path)
+            with reading(path):
+                meta = pq.read_metadata(path)
             for group in range(meta.num_row_groups):
                 out.append((first, number, group))
                 first += meta.row_group(group).num_rows
@@ -164,7 +167,7 @@ class ParquetImages:
 
     def first(self, count: int) -> list[bytes]:
         """The first images of the first file, without reading more than they need."""
-        with pq.ParquetFile(self.files[0]) as file:
+        with reading(self.files[0]), pq.ParquetFile(self.files[0]) as file:
             for batch in file.iter_batches(count, columns=[self.column], use_threads=False):
                 column = batch.column(0)
                 values = (column.field(0) if "." in self.column else column).to_pylist()
@@ -177,17 +180,28 @@ class ParquetImages:
 
     def stamp(self, rows: Rows) -> bytes:
         """Sizes and times of the files: see `FileImages.stamp`."""
-        stats = [path.stat() for path in self.files]
-        return repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+        return repr([_stamp(path) for path in self.files]).encode()
 
     def _group(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
     def _read(self, group: int) -> pa.ChunkedArray:
         _, number, index = self.groups[group]
-        with pq.ParquetFile(self.files[number]) as file:
+        with reading(self.files[number]), pq.ParquetFile(self.files[number]) as file:
             column = file.read_row_group(index, columns=[self.column], use_threads=False).column(0)
         return pa.chunked_array([chunk.field(0) for chunk in column.chunks]) if "." in self.column else column
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever pyarrow raises inside becomes one line that names the file; a sick machine stays an `OSError`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as err:
+        if isinstance(err, OSError) and err.errno in OF_THE_MACHINE:
+            raise
+        reason = " ".join(str(err).split())[:200] or type(err).__name__
+        raise UserError(f"{printable(path)}: not a readable Parquet file: {reason}") from err
 
 
 Images = PixelImages | FileImages | ArrowImages | ParquetImages
