@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from bootvit.data.found import Found, listed
-from bootvit.data.listing import ENDINGS, Passed, folders_in, images_below, is_flat
+from bootvit.data.listing import ENDINGS, Passed, entries, folders_in, images_below, is_flat, is_folder
 from bootvit.data.splits import EVALUATION, Kind, disguised, split_of_folder
 from bootvit.data.table import FileImages, printable
 from bootvit.errors import UserError
@@ -37,7 +37,7 @@ def read(
     passed = Passed()
     classes = folders_in(layout.train, passed)
     if not classes:
-        raise UserError(_no_classes(root, layout.train))
+        raise UserError(_no_classes(root, layout))
     if split == "train":
         if layout.others:
             notes.append(f"{printable(root)}: folders passed over: {listed(map(printable, layout.others))}")
@@ -69,7 +69,7 @@ def _check_classes_in_root(root: Path, names: list[str], any_split: bool, splits
     """Without a folder `train` the root's folders are classes; raises if they are anything else."""
     found = f"data.root={root}: no folder 'train' there (found {listed(map(printable, names)) if names else 'none'})"
     for name in names:
-        inside = [sub for sub in folders_in(root / name) if split_of_folder(sub)]
+        inside = [e.name for e in entries(root / name) if split_of_folder(e.name) and is_folder(e)]
         if "train" in map(split_of_folder, inside) or len(inside) > 1:
             raise UserError(
                 f"{found}, but {printable(name)!r} holds {listed(inside)}: set data.root={printable(root / name)} "
@@ -92,11 +92,13 @@ def _check_nested(train: Path) -> None:
         )
 
 
-def _no_classes(root: Path, train: Path) -> str:
-    where = f"data.root={root}: no class folders in {printable(train)}"
-    if is_flat(train):
-        return f"{where}, but images: each belongs into a folder of its class, {printable(train)}/CLASS/"
-    return where
+def _no_classes(root: Path, layout: Layout) -> str:
+    train = printable(layout.train)
+    where = f"data.root={root}: no class folders in {train}"
+    if not is_flat(layout.train):
+        return where
+    hint = f" (if {train} is itself a class, move all class folders into a folder train/)" if layout.others else ""
+    return f"{where}, but images: each belongs into a folder of its class, {train}/CLASS/{hint}"
 
 
 def _test_folder(folders: list[Path], notes: list[str], *, needed: bool) -> Path | None:

@@ -44,7 +44,7 @@ def relabel(labels: Rows, names: Sequence[str], classes: Sequence[str], where: s
     out: Rows = new[labels]
     if len(out) and out.min() < 0:
         counts = np.bincount(labels, minlength=len(names))
-        lacking = [names[label] for label in np.flatnonzero((new < 0) & (counts > 0))]
+        lacking = [names[int(label)] for label in np.flatnonzero((new < 0) & (counts > 0))]
         raise UserError(
             f"{where}: there is no class {listed(lacking)} ({int((out < 0).sum())} images) among {listed(classes)}"
         )

@@ -86,9 +86,9 @@ def is_dead(entry: Entry) -> bool:
 
 
 def folders_in(folder: Path, passed: Passed | None = None) -> list[str]:
-    """The sorted names of the sub-folders, droppings and links to folders above aside; a dead link is an error.
+    """The sorted names of the sub-folders, droppings and links to folders above aside.
 
-    A folder that is gone for now must not be a class less.
+    A dead link that is named as a folder is an error: a folder that is gone for now must not be a class less.
     """
     names = []
     real = os.path.realpath(folder)
@@ -100,10 +100,12 @@ def folders_in(folder: Path, passed: Passed | None = None) -> list[str]:
                 _pass(passed, LOOP, entry.name)
             else:
                 names.append(entry.name)
-        elif not is_image(entry.name) and is_dead(entry):
+        elif is_image(entry.name):
+            _pass(passed, LOOSE, entry.name)
+        elif is_dead(entry) and not os.path.splitext(entry.name)[1]:
             raise UserError(f"{printable(entry.path)}: this link leads nowhere: mend or remove it")
         else:
-            _pass(passed, LOOSE if is_image(entry.name) else OTHER, entry.name)
+            _pass(passed, DEAD if is_dead(entry) else OTHER, entry.name)
     return names
 
 

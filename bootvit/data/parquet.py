@@ -34,13 +34,16 @@ def read(root: Path, split: Literal["train", "test"], *, held_out: bool, notes: 
     if split == "train":
         return _read(train, notes)
     unlabelled: list[str] = []
+    found = None
     for kind in EVALUATION:
-        if kind in files and (found := _labelled(_shards(files[kind]), train, unlabelled, notes)):
-            return found
+        if kind in files and found is not None:
+            notes.append(f"{printable(files[kind][0])}: not used, because {found.place} is there")
+        elif kind in files:
+            found = _labelled(_shards(files[kind]), train, unlabelled, notes)
     notes += unlabelled
-    if unlabelled and not held_out:
+    if found is None and unlabelled and not held_out:
         raise UserError(f"{unlabelled[0]}: set data.held_out, such as 0.1, to evaluate on training images")
-    return None
+    return found
 
 
 # --------------------------------------------------------------------------------------------------- files
@@ -59,9 +62,10 @@ def _files(root: Path, notes: list[str]) -> Files:
         here = next(iter(below.values()), {})
     if "train" not in here:
         names = [str(path.relative_to(root)) for files in here.values() for path in files] + others
+        there = listed(map(printable, names)) or "none"
         raise UserError(
-            f"data.root={root}: no train*.parquet there (Parquet files found: "
-            f"{listed(map(printable, names)) or 'none'}): files are named by their split, such as train-0.parquet and test-0.parquet, or lie in train/ and test/"
+            f"data.root={root}: no train*.parquet there (Parquet files found: {there}): a file's name begins with its "
+            "split, such as train-0.parquet and test-0.parquet, or it lies in train/ or test/"
         )
     if others:
         notes.append(f"{printable(root)}: files passed over, because they name no split: {listed(others)}")
@@ -114,6 +118,7 @@ def _labelled(shards: list[Shard], train: list[Shard], unlabelled: list[str], no
     if column and not parquet_labels.are_missing(shards, column):
         return _read(shards, notes, train=parquet_labels.meaning(train, label_column(train)[0]))
     what = "its images have no labels" if column else "it has no label column"
+    what = what if shards[0].rows else "it has no rows"
     unlabelled.append(f"{printable(shards[0].path)}: passed over, because {what}")
     return None
 

@@ -187,9 +187,10 @@ def _own_names(found: Found, data: DataConfig) -> tuple[str, ...]:
     count = int(found.labels[row]) + 1
     limit = max(data.num_classes or 0, min(MANY_CLASSES, max(1000, 10 * len(found.labels))))
     if count > limit:
+        hint = ", or set data.num_classes" if count <= MANY_CLASSES else ""
         raise UserError(
             f"{found.images.where(row)}: column {found.column!r} has {count - 1}, which would make {count} classes for "
-            f"{len(found.labels)} images: number the classes from 0, or set data.num_classes"
+            f"{len(found.labels)} images: number the classes from 0{hint}"
         )
     return tuple(map(str, range(max(count, 1))))
 

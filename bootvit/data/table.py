@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -27,6 +28,8 @@ from bootvit.errors import OF_THE_MACHINE, UserError
 Rows = npt.NDArray[np.int64]
 RGB = tuple[float, float, float]
 Augment = Literal["crop", "area", "none"]
+
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,12 @@ def _stamp(path: Path) -> tuple[int, int] | None:
 
 
 def printable(name: str | Path) -> str:
-    """A file's name or path as text for any terminal, log and data base: bytes that are not UTF-8 become `\\xe9`."""
-    return os.fsencode(name).decode("utf-8", "backslashreplace")
+    """A file's name or path as one line of text, for any terminal, log and data base.
+
+    Bytes that are not UTF-8 become `\\xe9`, control characters `\\x0a`.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 @dataclass(frozen=True)
