@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,8 @@ import torch
 
 from bootvit.config import Config, override
 from bootvit.data import DataFacts, EvalBatches, ImageTable, Subset
-from bootvit.data.folders import images_below
-from bootvit.data.table import FileImages
+from bootvit.data.listing import Passed, images_below
+from bootvit.data.table import FileImages, printable
 from bootvit.errors import RunFailed, UserError
 from bootvit.evaluate import newest_checkpoint
 from bootvit.learner import Learner, World
@@ -55,7 +56,7 @@ def files_of(path: Path) -> list[Path]:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder")
         return [path]
-    found = [path / name for name in images_below(path, ".")]
+    found = [path / name for name in images_below(path, ".", Passed())]
     if not found:
         raise UserError(f"{path}: no images in this folder")
     return found
@@ -64,9 +65,8 @@ def files_of(path: Path) -> list[Path]:
 def of_files(paths: Sequence[Path], facts: DataFacts) -> Subset:
     """Files as a data set; an image's label is its place."""
     places = np.arange(len(paths), dtype=np.int64)
-    names = [str(path) for path in paths]
-    rows = pa.table({"label": places, "key": pa.array(names, pa.string())})
-    files = FileImages(Path(), pa.array(names, pa.string()))
+    rows = pa.table({"label": places, "key": pa.array([printable(path) for path in paths], pa.string())})
+    files = FileImages(Path(), pa.array([os.fsencode(path) for path in paths], pa.binary()))
     mean, std = facts.preparation.mean, facts.preparation.std
     return Subset(ImageTable(rows, files, facts.classes, mean, std, "", native=None, auto="area"), places)
 
@@ -87,8 +87,9 @@ def guesses(learner: Learner, pixels: torch.Tensor, facts: DataFacts, top: int) 
 
 def told(path: Path, found: dict[str, dict[str, float]] | None, broken: dict[str, str]) -> Iterator[Row]:
     """The rows of one image."""
+    name = printable(path)
     if found is None:
-        yield {"image": str(path), "error": broken[str(path)]}
+        yield {"image": name, "error": broken[name]}
         return
     for net, classes in found.items():
-        yield {"image": str(path), "network": net, "classes": classes}
+        yield {"image": name, "network": net, "classes": classes}

@@ -46,12 +46,17 @@ class DataSplits:
 
 
 def open_splits(data: DataConfig, classes: tuple[str, ...] | None = None) -> DataSplits:
-    """Open the source and choose the images to train on, to select with and to test on."""
-    table = open_table(data, "train")
+    """Open the source and choose the images to train on, to select with and to test on.
+
+    With `classes`, those of a run, the data set's labels count in them, by name; a class with images that is not among
+    them is a `UserError`.
+    """
+    notes: list[str] = []
+    table = open_table(data, "train", classes=classes, notes=notes)
     if table is None:
         raise UserError(f"data.root={data.root}: no training split")
     splits = select(table, data)
-    test = open_table(data, "test", like=table)
+    test = open_table(data, "test", like=table, notes=notes)
     prints = table.fingerprint + (test.fingerprint if test else "")
     return DataSplits(
         train=splits.train,
@@ -61,7 +66,13 @@ def open_splits(data: DataConfig, classes: tuple[str, ...] | None = None) -> Dat
         mean=table.mean,
         std=table.std,
         fingerprint=hashlib.sha256(prints.encode()).hexdigest()[:32],
+        notes=tuple(notes),
     )
+
+
+def facts_of(splits: DataSplits, config: Config) -> DataFacts:
+    """What a run that begins on this data will know of it."""
+    return DataFacts(splits.classes, splits.fingerprint, preparation_of(splits.train.table, config))
 
 
 def facts_of(splits: DataSplits, config: Config) -> DataFacts:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from bootvit.data.found import Found
-from bootvit.data.table import RGB, PixelImages
+from bootvit.data.table import RGB, PixelImages, Rows, printable
 from bootvit.errors import UserError
 
 STD: RGB = (0.2023, 0.1994, 0.2010)  # CIFAR-10's; the reference uses it for CIFAR-100 too
@@ -39,13 +40,26 @@ def read(root: Path, source: Literal["cifar10", "cifar100"], split: Literal["tra
     """All images of a split; keys are their indices in the original files."""
     folder = root / FOLDER[source] if (root / FOLDER[source]).is_dir() else root
     batches = [_load(folder / name, source) for name in FILES[source, split]]
-    pixels = np.concatenate([_field(batch, "data", folder) for batch in batches])
-    pixels = np.ascontiguousarray(pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1))
-    labels = np.concatenate([_field(batch, LABEL[source], folder) for batch in batches]).astype(np.int64)
+    parts = [_images(batch, source, folder / name) for batch, name in zip(batches, FILES[source, split], strict=True)]
+    pixels, labels = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     file, field = NAMES[source]
     names = tuple(str(name) for name in _field(_load(folder / file, source), field, folder))
     keys = [str(row) for row in range(len(labels))]
-    return Found(PixelImages(pixels), labels, keys, names, constants=(MEAN[source], STD))
+    place = printable(folder)
+    return Found(PixelImages(pixels), labels, keys, names, constants=(MEAN[source], STD), place=place)
+
+
+def _images(batch: dict[str, Any], source: str, path: Path) -> tuple[npt.NDArray[np.uint8], Rows]:
+    """((N, 32, 32, 3), (N,)) of one file."""
+    data, labels = _field(batch, "data", path), _field(batch, LABEL[source], path)
+    try:
+        pixels = np.asarray(data, np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        numbers = np.asarray(labels, np.int64)
+    except (TypeError, ValueError, OverflowError) as err:
+        raise UserError(f"{path}: not a CIFAR file: {err}") from err
+    if numbers.shape != (len(pixels),):
+        raise UserError(f"{path}: not a whole CIFAR file: {len(pixels)} images and {numbers.size} labels")
+    return np.ascontiguousarray(pixels), numbers
 
 
 def _load(path: Path, source: str) -> dict[str, Any]:
@@ -57,12 +71,14 @@ def _load(path: Path, source: str) -> dict[str, Any]:
     try:
         with path.open("rb") as file:
             content: dict[str, Any] = _ArraysOnly(file, encoding="latin1").load()
-    except (pickle.UnpicklingError, EOFError, ValueError) as err:
-        raise UserError(f"{path}: not a CIFAR file: {err}") from err
+    except OSError:
+        raise
+    except Exception as err:  # a damaged pickle raises errors of any kind
+        raise UserError(f"{path}: not a CIFAR file: {' '.join(str(err).split()) or type(err).__name__}") from err
     return content
 
 
-def _field(content: dict[str, Any], name: str, folder: Path) -> Any:
+def _field(content: dict[str, Any], name: str, path: Path) -> Any:
     if not isinstance(content, dict) or name not in content:
-        raise UserError(f"{folder}: not CIFAR files: {name!r} is missing")
+        raise UserError(f"{path}: not a CIFAR file: {name!r} is missing")
     return content[name]

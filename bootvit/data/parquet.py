@@ -1,4 +1,4 @@
-"""Parquet files: the Hugging Face layout (`image{bytes, path}`, integer label) and our own packed one.
+"""Parquet files: the Hugging Face layout (`image{bytes, path}`, label) and our own packed one.
 
 Labels and keys are read at once, images only when they are needed (see `ParquetImages`).
 """
@@ -6,63 +6,148 @@ Labels and keys are read at once, images only when they are needed (see `Parquet
 from __future__ import annotations
 
 import hashlib
-import json
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from bootvit.data.found import Found
-from bootvit.data.table import ParquetImages, Rows
+from bootvit.data import parquet_labels
+from bootvit.data.found import Found, listed
+from bootvit.data.listing import entries, is_dropping, is_folder
+from bootvit.data.parquet_columns import METADATA, Shard, footer, image_column, label_column, metadata_of, read_column
+from bootvit.data.splits import EVALUATION, Kind, split_of_file, split_of_folder
+from bootvit.data.table import ParquetImages, Rows, printable
 from bootvit.errors import UserError
 
-PREFIXES: dict[str, tuple[str, ...]] = {"train": ("train",), "test": ("test", "val")}
-LABELS = ("label", "labels", "fine_label")
-IMAGES = ("image", "img")
-METADATA = b"bootvit"  # key in the schema of packed files
+__all__ = ["METADATA", "read"]
+
+Files = dict[Kind, list[Path]]
 
 
-def read(root: Path, split: Literal["train", "test"]) -> Found | None:
-    """The split whose files' names begin with its name; a test split without labels counts as none."""
-    everything = sorted(root.glob("*.parquet"))
-    for prefix in PREFIXES[split]:
-        files = tuple(path for path in everything if path.name.startswith(prefix))
-        if files:
-            found = _read(files)
-            if split == "train" or not len(found.labels) or found.labels.max() >= 0:
-                return found
+def read(root: Path, split: Literal["train", "test"], *, held_out: bool, notes: list[str]) -> Found | None:
+    """One split; a test split without labels counts as none, and is an error if nothing else is there to test on."""
+    files = _files(root, notes if split == "train" else [])
+    train = _shards(files["train"])
     if split == "train":
-        names = ", ".join(path.name for path in everything[:3]) or "none"
-        raise UserError(f"data.root={root}: no train*.parquet there (Parquet files found: {names})")
+        return _read(train, notes)
+    unlabelled: list[str] = []
+    found = None
+    for kind in EVALUATION:
+        if kind in files and found is not None:
+            notes.append(f"{printable(files[kind][0])}: not used, because {found.place} is there")
+        elif kind in files:
+            found = _labelled(_shards(files[kind]), train, unlabelled, notes)
+    notes += unlabelled
+    if found is None and unlabelled and not held_out:
+        raise UserError(f"{unlabelled[0]}: set data.held_out, such as 0.1, to evaluate on training images")
+    return found
+
+
+# --------------------------------------------------------------------------------------------------- files
+
+
+def _files(root: Path, notes: list[str]) -> Files:
+    """The files of each split, in the root or in its one sub-folder that has some, such as Hugging Face's `data`."""
+    here, others = _home(root)
+    if not here:
+        below = {sub: found for sub in _folders(root) if (found := _home(sub)[0])}
+        if len(below) > 1:
+            raise UserError(
+                f"data.root={root}: no train*.parquet there, but in {listed(sub.name for sub in below)}: "
+                "set data.root to one of these folders"
+            )
+        here = next(iter(below.values()), {})
+    if "train" not in here:
+        names = [str(path.relative_to(root)) for files in here.values() for path in files] + others
+        there = listed(map(printable, names)) or "none"
+        raise UserError(
+            f"data.root={root}: no train*.parquet there (Parquet files found: {there}): a file's name begins with its "
+            "split, such as train-0.parquet and test-0.parquet, or it lies in train/ or test/"
+        )
+    if others:
+        notes.append(f"{printable(root)}: files passed over, because they name no split: {listed(others)}")
+    return here
+
+
+def _home(folder: Path) -> tuple[Files, list[str]]:
+    """The files of each split, by their names or by that of their folder; and the names of other Parquet files."""
+    found: Files = {}
+    others = []
+    for path in _parquet_in(folder):
+        if kind := split_of_file(path.name):
+            found.setdefault(kind, []).append(path)
+        else:
+            others.append(path.name)
+    for sub in _folders(folder):
+        kind = split_of_folder(sub.name.removesuffix(".parquet"))
+        inside = _parquet_in(sub) if kind else []
+        if kind and inside:
+            if kind in found:
+                first = found[kind][0].relative_to(folder)
+                raise UserError(
+                    f"{printable(folder)}: both {str(first)!r} and {sub.name + '/'!r} hold one split: keep one"
+                )
+            found[kind] = inside
+    return found, others
+
+
+def _parquet_in(folder: Path) -> list[Path]:
+    listed_ = [entry for entry in entries(folder) if entry.name.lower().endswith(".parquet")]
+    return [folder / entry.name for entry in listed_ if not is_dropping(entry.name) and not is_folder(entry)]
+
+
+def _folders(folder: Path) -> list[Path]:
+    return [folder / entry.name for entry in entries(folder) if not is_dropping(entry.name) and is_folder(entry)]
+
+
+def _shards(files: list[Path]) -> list[Shard]:
+    """The files with rows; if there are none, the first file."""
+    shards = [footer(path) for path in files]
+    return [shard for shard in shards if shard.rows] or shards[:1]
+
+
+# -------------------------------------------------------------------------------------------------- one split
+
+
+def _labelled(shards: list[Shard], train: list[Shard], unlabelled: list[str], notes: list[str]) -> Found | None:
+    """A test split; None, with a note, if it has no labels."""
+    column, _ = label_column(shards, optional=True)
+    if column and not parquet_labels.are_missing(shards, column):
+        return _read(shards, notes, train=parquet_labels.meaning(train, label_column(train)[0]))
+    what = "its images have no labels" if column else "it has no label column"
+    what = what if shards[0].rows else "it has no rows"
+    unlabelled.append(f"{printable(shards[0].path)}: passed over, because {what}")
     return None
 
 
-def _read(files: tuple[Path, ...]) -> Found:
-    schemas = [_schema(path) for path in files]
-    schema, first = schemas[0], files[0]
-    for path, other in zip(files[1:], schemas[1:], strict=True):
-        if not other.equals(schema):
-            raise UserError(f"{path}: its columns differ from those of {first.name}: {other.names} and {schema.names}")
-    image, label = _image_column(schema, first), _label_column(schema, first)
-    images = ParquetImages(files, image)
-    labels = _labels(files, label)
-    keys = _keys(files, schema, images, labels)
-    packed = json.loads((schema.metadata or {}).get(METADATA, b"{}"))
+def _read(shards: list[Shard], notes: list[str], train: parquet_labels.Meaning | None = None) -> Found:
+    """One split; `train` is what the training split's labels mean, for a test split."""
+    first = shards[0]
+    images = ParquetImages(tuple(shard.path for shard in shards), image_column(shards))
+    column, guessed = label_column(shards)
+    labels, names = parquet_labels.read(shards, column, train)
+    if guessed:
+        _check_guess(shards, column, labels)
+        notes.append(f"{printable(first.path)}: column {column!r} is taken for the label, as the only one of integers")
+    keys = _keys(shards, images, labels, notes)
+    found = Found(images, labels, keys, names, place=printable(first.path), column=column)
+    packed = metadata_of(first, METADATA)
     if not packed:
-        return Found(images, labels, keys, _names(schema, label))
-    return Found(
-        images,
-        labels,
-        keys,
-        tuple(packed["classes"]),
-        constants=(_triple(packed["mean"]), _triple(packed["std"])),
-        auto=packed["auto"],
-        packed=True,
-        native=tuple(packed["native"]) if packed["native"] else None,
-        fingerprint=packed["fingerprint"],
-    )
+        return found
+    try:
+        return replace(
+            found,
+            constants=(_triple(packed["mean"]), _triple(packed["std"])),
+            auto=packed["auto"],
+            packed=True,
+            native=tuple(packed["native"]) if packed["native"] else None,
+            fingerprint=packed["fingerprint"],
+        )
+    except (KeyError, TypeError, ValueError) as err:
+        raise UserError(f"{found.place}: its metadata 'bootvit' are not those of `bootvit data pack`: {err}") from err
 
 
 def _triple(values: list[float]) -> tuple[float, float, float]:
@@ -70,78 +155,64 @@ def _triple(values: list[float]) -> tuple[float, float, float]:
     return red, green, blue
 
 
-def _schema(path: Path) -> pa.Schema:
-    try:
-        return pq.read_schema(path)
-    except (OSError, pa.ArrowInvalid) as err:
-        raise UserError(f"{path}: not a readable Parquet file: {err}") from err
+def _check_guess(shards: list[Shard], column: str, labels: Rows) -> None:
+    """A number that no two rows share is no label."""
+    if len(labels) > 1 and len(np.unique(labels)) == len(labels):
+        raise UserError(
+            f"{printable(shards[0].path)}: no label column: the only column of integers, {column!r}, has another value "
+            f"in each row; rename the right one to 'label' (found {', '.join(shards[0].schema.names)})"
+        )
 
 
-def _image_column(schema: pa.Schema, path: Path) -> str:
-    for field in sorted(schema, key=lambda field: field.name not in IMAGES):
-        if pa.types.is_struct(field.type) and "bytes" in [child.name for child in field.type]:
-            return f"{field.name}.bytes"
-        if field.name in IMAGES and (pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)):
-            return str(field.name)
-    raise UserError(
-        f"{path}: no image column: expected a struct image{{bytes, path}} or a binary column 'image', "
-        f"found {', '.join(schema.names)}"
-    )
+# ------------------------------------------------------------------------------------------------------ keys
 
 
-def _label_column(schema: pa.Schema, path: Path) -> str:
-    integers = [field.name for field in schema if pa.types.is_integer(field.type)]
-    for name in (*LABELS, *(integers if len(integers) == 1 else ())):
-        if name in integers:
-            return str(name)
-    raise UserError(
-        f"{path}: no integer label column: expected one of {', '.join(LABELS)}, found {', '.join(schema.names)}"
-    )
-
-
-def _labels(files: tuple[Path, ...], column: str) -> Rows:
-    values = pa.concat_tables([_columns(path, [column]) for path in files])[column]
-    if values.null_count:
-        raise UserError(f"{files[0]}: column {column!r} has {values.null_count} rows without a label")
-    out: Rows = values.cast(pa.int64()).to_numpy()
-    return out
-
-
-def _columns(path: Path, columns: list[str]) -> pa.Table:
-    with pq.ParquetFile(path) as file:
-        return file.read(columns=columns, use_threads=False)
-
-
-def _names(schema: pa.Schema, label: str) -> tuple[str, ...] | None:
-    """The class names in the Hugging Face metadata."""
-    info: Any = json.loads((schema.metadata or {}).get(b"huggingface", b"{}"))
-    feature = info.get("info", {}).get("features", {}).get(label, {})
-    names = feature.get("names") if isinstance(feature, dict) else None
-    return tuple(str(name) for name in names) if names else None
-
-
-def _keys(files: tuple[Path, ...], schema: pa.Schema, images: ParquetImages, labels: Rows) -> list[str]:
+def _keys(shards: list[Shard], images: ParquetImages, labels: Rows, notes: list[str]) -> list[str]:
     """The column `key`, else `image.path` where it is there and unique, else the SHA-256 of the bytes."""
+    with_key = [shard for shard in shards if "key" in shard.schema.names]
+    if with_key:
+        if len(with_key) < len(shards):
+            without = next(shard for shard in shards if "key" not in shard.schema.names)
+            raise UserError(f"{printable(without.path)}: no column 'key', which {with_key[0].path.name} has")
+        return _key_column(shards)
     struct = images.column.removesuffix(".bytes")
-    if "key" in schema.names:
-        keys: list[Any] = _texts(files, "key")
-    elif struct != images.column and "path" in [child.name for child in schema.field(struct).type]:
-        keys = _texts(files, f"{struct}.path")
-    else:
-        keys = []
-    if keys and None not in keys and len(set(keys)) == len(keys):
+    if struct == images.column or any(shard.schema.field(struct).type.get_field_index("path") < 0 for shard in shards):
+        return _numbered(images, labels)
+    paths = [path for shard in shards for path in _texts(shard, f"{struct}.path")]
+    keys = [path for path in paths if path]
+    if len(keys) == len(paths) == len(set(keys)):
         return keys
-    if "key" in schema.names:
-        raise UserError(f"{files[0]}: the column 'key' must be there in every row and unique")
+    if keys and len(set(keys)) < len(keys):
+        twice = Counter(keys).most_common(1)[0][0]
+        notes.append(
+            f"{printable(shards[0].path)}: {struct}.path is not unique ({twice!r}): keys are hashes of the images"
+        )
     return _numbered(images, labels)
 
 
-def _texts(files: tuple[Path, ...], column: str) -> list[Any]:
-    tables = [_columns(path, [column]) for path in files]
-    if "." not in column:
-        return [value for table in tables for value in table[column].to_pylist()]
-    parent, child = column.split(".")
-    return [row[child] if row else None for table in tables for row in table[parent].to_pylist()]
+def _key_column(shards: list[Shard]) -> list[str]:
+    """The column `key` of every file: unique, and there in every row."""
+    seen: set[str] = set()
+    out: list[str] = []
+    for shard in shards:
+        texts = _texts(shard, "key")
+        keys = [key for key in texts if key]
+        seen.update(keys)
+        out += keys
+        if len(keys) < len(texts) or len(seen) < len(out):
+            raise UserError(f"{printable(shard.path)}: the column 'key' must be there in every row and unique")
+    return out
+
+
+def _texts(shard: Shard, column: str) -> list[str | None]:
+    """A column of text or integers, or a text child of a struct, as text."""
+    values = read_column(shard.path, column)
+    type_ = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
+    if pa.types.is_null(type_):
+        return [None] * len(values)
+    if not (parquet_labels.is_text(type_) or pa.types.is_integer(type_)):
+        raise UserError(f"{printable(shard.path)}: column {column!r} is of type {type_}, not text or integers")
+    return parquet_labels.texts_of(values)
 
 
 def _numbered(images: ParquetImages, labels: Rows) -> list[str]:

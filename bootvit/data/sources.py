@@ -18,8 +18,9 @@ import pyarrow as pa
 from bootvit.config import DataConfig, pair
 from bootvit.data import cifar, folders, parquet
 from bootvit.data.decode import BrokenImage, decode, encode_png, header_size
-from bootvit.data.found import Found
+from bootvit.data.found import Found, relabel
 from bootvit.data.fractions import by_hash
+from bootvit.data.notes import class_notes, orientation_notes, test_notes
 from bootvit.data.table import (
     RGB,
     ArrowImages,
@@ -36,27 +37,36 @@ Split = Literal["train", "test"]
 
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = 96  # the longest side, in pixels, of images that are kept decoded in memory
+MANY_CLASSES = 100_000  # without names of their own
 PROBED = 64  # images whose size decides whether all are small
 MEASURED = 1000  # images from which an unknown data set's mean and deviation are computed
 FINGERPRINTED = 16  # images whose bytes enter the fingerprint
 
 
-def open_table(data: DataConfig, split: Split, like: ImageTable | None = None) -> ImageTable | None:
+def open_table(
+    data: DataConfig,
+    split: Split,
+    like: ImageTable | None = None,
+    classes: tuple[str, ...] | None = None,
+    notes: list[str] | None = None,
+) -> ImageTable | None:
     """One split, or None if the source has no such split; a source without training images is a `UserError`.
 
-    `like` is the training table, whose classes, mean, deviation and size class the test split takes over.
+    `like` is the training table, whose classes, mean, deviation and size class the test split takes over. With
+    `classes`, those of a run, labels count in them, by name. What is assumed is added to `notes`, a sentence each.
     """
+    notes = [] if notes is None else notes
     if split == "test" and like is None:
-        like = open_table(data, "train")
-    found = _find(data, split)
+        like = open_table(data, "train", classes=classes)
+    found = _find(data, split, notes)
     if found is None or not len(found.labels):
         if split == "test" and found is None:
             return None
         raise UserError(f"data.root={data.root}: the {split} split of source {data.source!r} has no images")
-    return _finish(found, data, like)
+    return _finish(found, data, like, classes, notes)
 
 
-def _find(data: DataConfig, split: Split) -> Found | None:
+def _find(data: DataConfig, split: Split, notes: list[str]) -> Found | None:
     if data.source == "digits":
         return _digits(split)
     if data.source == "fake":
@@ -64,9 +74,10 @@ def _find(data: DataConfig, split: Split) -> Found | None:
     root = _root(data)
     if data.source in ("cifar10", "cifar100"):
         return cifar.read(root, data.source, split)
+    held_out = data.held_out > 0
     if data.source == "parquet":
-        return parquet.read(root, split)
-    return folders.read(root, split, splits_only=data.source == "imagenet")
+        return parquet.read(root, split, held_out=held_out, notes=notes)
+    return folders.read(root, split, splits_only=data.source == "imagenet", held_out=held_out, notes=notes)
 
 
 def _root(data: DataConfig) -> Path:
@@ -74,7 +85,8 @@ def _root(data: DataConfig) -> Path:
         raise UserError(f"data.root: source {data.source!r} needs the folder that holds its files")
     root = Path(data.root)
     if not root.is_dir():
-        raise UserError(f"data.root={data.root}: no such folder")
+        what = "is a file, not the folder that holds the data set" if root.is_file() else "no such folder"
+        raise UserError(f"data.root={data.root}: {what}")
     return root
 
 
@@ -142,23 +154,53 @@ def _stripes(row: int, label: int, count: int, size: tuple[int, int], split: Spl
 # ----------------------------------------------------------------------------------------------- completion
 
 
-def _finish(found: Found, data: DataConfig, like: ImageTable | None) -> ImageTable:
-    classes = like.classes if like else _classes(found, data)
-    _check_labels(found, classes, data)
-    native = like.native if like else found.native if found.packed else native_size(found.images)
+def _finish(
+    found: Found, data: DataConfig, like: ImageTable | None, classes: tuple[str, ...] | None, notes: list[str]
+) -> ImageTable:
+    names = _own_names(found, data)
+    if like is None and classes is None:
+        _check_count(names, data)
+    own = names + tuple(str(label) for label in range(len(names), data.num_classes or 0))
+    wanted = like.classes if like else classes or own
+    _check_labels(found, own, data)
+    where = f"data.root={data.root}: {found.place}" if found.place else f"data.source={data.source}"
+    labels = relabel(found.labels, own, wanted, where)
+    first = [] if like or isinstance(found.images, PixelImages) else first_images(found.images)
+    native = like.native if like else found.native if found.packed else native_size(found.images, first)
     mean, std = (like.mean, like.std) if like else _constants(found, data, native)
     auto = like.auto if like else found.auto or ("crop" if native else "area")
-    rows = pa.table({"label": pa.array(found.labels, pa.int64()), "key": pa.array(found.keys, pa.string())})
+    rows = pa.table({"label": pa.array(labels, pa.int64()), "key": pa.array(found.keys, pa.string())})
     fingerprint = found.fingerprint or fingerprint_of(found.images, found.labels, found.keys)
-    return ImageTable(rows, found.images, classes, mean, std, fingerprint, native, auto)
+    if like:
+        notes += test_notes(found.place or data.source, labels, like.labels, wanted)
+    else:
+        notes += class_notes(found.place or data.source, found.labels, names, numbered=found.classes is None)
+        notes += orientation_notes(found.place or data.source, first)
+    return ImageTable(rows, found.images, wanted, mean, std, fingerprint, native, auto)
 
 
-def _classes(found: Found, data: DataConfig) -> tuple[str, ...]:
-    names = found.classes or tuple(str(label) for label in range(int(found.labels.max()) + 1))
+def _own_names(found: Found, data: DataConfig) -> tuple[str, ...]:
+    """The source's class names; without any, the numbers up to the largest label, within reason."""
+    if found.classes is not None:
+        return found.classes
+    row = int(found.labels.argmax())
+    count = int(found.labels[row]) + 1
+    limit = max(data.num_classes or 0, min(MANY_CLASSES, max(1000, 10 * len(found.labels))))
+    if count > limit:
+        hint = ", or set data.num_classes" if count <= MANY_CLASSES else ""
+        raise UserError(
+            f"{found.images.where(row)}: column {found.column!r} has {count - 1}, which would make {count} classes for "
+            f"{len(found.labels)} images: number the classes from 0{hint}"
+        )
+    return tuple(map(str, range(max(count, 1))))
+
+
+def _check_count(names: tuple[str, ...], data: DataConfig) -> None:
     wanted = data.num_classes or len(names)
     if wanted < len(names):
         raise UserError(f"data.num_classes={wanted}: the source has {len(names)} classes; use null or a larger number")
-    return names + tuple(str(label) for label in range(len(names), wanted))
+    if wanted > max(MANY_CLASSES, len(names)):
+        raise UserError(f"data.num_classes={wanted}: the source has {len(names)} classes; at most {MANY_CLASSES} here")
 
 
 def _check_labels(found: Found, classes: Sequence[str], data: DataConfig) -> None:
@@ -166,7 +208,7 @@ def _check_labels(found: Found, classes: Sequence[str], data: DataConfig) -> Non
     if len(wrong):
         row = int(wrong[0])
         raise UserError(
-            f"data.root={data.root}: image {found.keys[row]!r} has label {found.labels[row]}, "
+            f"{found.place or data.source}: image {found.keys[row]!r} has label {found.labels[row]}, "
             f"but there are {len(classes)} classes (0 to {len(classes) - 1})"
         )
 
@@ -184,16 +226,19 @@ def _constants(found: Found, data: DataConfig, native: tuple[int, int] | None) -
     return data.mean or mean, data.std or std
 
 
-def native_size(images: Images) -> tuple[int, int] | None:
-    """(rows, columns) if the first 64 images, broken ones aside, have one size of at most 96 px; else None."""
+def first_images(images: FileImages | ArrowImages | ParquetImages) -> list[bytes]:
+    """The first 64 encoded images."""
+    if isinstance(images, ParquetImages):
+        return images.first(PROBED)
+    count = len(images.paths) if isinstance(images, FileImages) else len(images.column)
+    return [data for _, data in images.scan(np.arange(min(PROBED, count)))]
+
+
+def native_size(images: Images, first: Sequence[bytes]) -> tuple[int, int] | None:
+    """(rows, columns) if the first images, broken ones aside, have one size of at most 96 px; else None."""
     if isinstance(images, PixelImages):
         rows, cols = images.pixels.shape[1:3]
         return (rows, cols) if max(rows, cols) <= SMALL else None
-    if isinstance(images, ParquetImages):
-        first = images.first(PROBED)
-    else:
-        count = len(images.paths) if isinstance(images, FileImages) else len(images.column)
-        first = [data for _, data in images.scan(np.arange(min(PROBED, count)))]
     sizes = set()
     for data in first:
         try:

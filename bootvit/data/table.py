@@ -7,7 +7,10 @@ mapped into memory, Parquet row groups) and are read when they are needed.
 from __future__ import annotations
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -20,10 +23,13 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bootvit.data.decode import BrokenImage, decode, encode_png
+from bootvit.errors import OF_THE_MACHINE, UserError
 
 Rows = npt.NDArray[np.int64]
 RGB = tuple[float, float, float]
 Augment = Literal["crop", "area", "none"]
+
+_CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class FileImages:
     """One file an image, below `root`."""
 
     root: Path
-    paths: pa.Array  # strings
+    paths: pa.Array  # binary: names are bytes to the file system, and need not be UTF-8
 
     def open(self, row: int) -> Image.Image:
         """Read and decode one image."""
@@ -71,18 +77,38 @@ class FileImages:
 
     def where(self, row: int) -> str:
         """The file."""
-        return str(self.root / self.paths[int(row)].as_py())
+        return printable(self._path(row))
 
     def stamp(self, rows: Rows) -> bytes:
         """Sizes and times of the files: a cache made from other files of the same names must not be used."""
-        stats = [Path(self.where(row)).stat() for row in rows]
-        return repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+        return repr([_stamp(self._path(row)) for row in rows]).encode()
+
+    def _path(self, row: int) -> Path:
+        return self.root / os.fsdecode(self.paths[int(row)].as_py())
 
     def _read(self, row: int) -> bytes:
         try:
-            return Path(self.where(row)).read_bytes()
+            return self._path(row).read_bytes()
         except OSError as err:
             raise BrokenImage(err.strerror or str(err)) from err
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    """None for a file that is gone, such as behind a link that leads nowhere: that is found when it is read."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_size, found.st_mtime_ns
+
+
+def printable(name: str | Path) -> str:
+    """A file's name or path as one line of text, for any terminal, log and data base.
+
+    Bytes that are not UTF-8 become `\\xe9`, control characters `\\x0a`.
+    """
+    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
 @dataclass(frozen=True)
@@ -125,7 +151,8 @@ class ParquetImages:
         """(first row, file, row group in the file) of every row group."""
         out, first = [], 0
         for number, path in enumerate(self.files):
-            meta = pq.read_metadata(path)
+            with reading(path):
+                meta = pq.read_metadata(path)
             for group in range(meta.num_row_groups):
                 out.append((first, number, group))
                 first += meta.row_group(group).num_rows
@@ -147,7 +174,7 @@ class ParquetImages:
 
     def first(self, count: int) -> list[bytes]:
         """The first images of the first file, without reading more than they need."""
-        with pq.ParquetFile(self.files[0]) as file:
+        with reading(self.files[0]), pq.ParquetFile(self.files[0]) as file:
             for batch in file.iter_batches(count, columns=[self.column], use_threads=False):
                 column = batch.column(0)
                 values = (column.field(0) if "." in self.column else column).to_pylist()
@@ -160,17 +187,28 @@ class ParquetImages:
 
     def stamp(self, rows: Rows) -> bytes:
         """Sizes and times of the files: see `FileImages.stamp`."""
-        stats = [path.stat() for path in self.files]
-        return repr([(s.st_size, s.st_mtime_ns) for s in stats]).encode()
+        return repr([_stamp(path) for path in self.files]).encode()
 
     def _group(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
     def _read(self, group: int) -> pa.ChunkedArray:
         _, number, index = self.groups[group]
-        with pq.ParquetFile(self.files[number]) as file:
+        with reading(self.files[number]), pq.ParquetFile(self.files[number]) as file:
             column = file.read_row_group(index, columns=[self.column], use_threads=False).column(0)
         return pa.chunked_array([chunk.field(0) for chunk in column.chunks]) if "." in self.column else column
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever pyarrow raises inside becomes one line that names the file; a sick machine stays an `OSError`."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, ValueError, MemoryError) as err:
+        if isinstance(err, OSError) and err.errno in OF_THE_MACHINE:
+            raise
+        reason = " ".join(str(err).split())[:200] or type(err).__name__
+        raise UserError(f"{printable(path)}: not a readable Parquet file: {reason}") from err
 
 
 Images = PixelImages | FileImages | ArrowImages | ParquetImages

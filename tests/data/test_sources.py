@@ -251,7 +251,7 @@ def _nothing(root: Path) -> None:
     ("source", "make", "words"),
     [
         ("parquet", _nothing, "no train*.parquet there"),
-        ("parquet", _no_label, "no integer label column"),
+        ("parquet", _no_label, "no label column"),
         ("parquet", _no_image, "no image column"),
         ("parquet", _null_label, "1 rows without a label"),
         ("parquet", _not_parquet, "not a readable Parquet file"),
