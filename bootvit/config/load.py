@@ -180,6 +180,8 @@ def absolute(config: Config) -> Config:
 
 
 def _place(path: str | None) -> str:
+    if path is not None and "://" in path:  # refused where it is used
+        return path
     return str(Path(path or ".").expanduser().resolve())
 
 

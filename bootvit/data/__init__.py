@@ -73,8 +73,3 @@ def open_splits(data: DataConfig, classes: tuple[str, ...] | None = None) -> Dat
 def facts_of(splits: DataSplits, config: Config) -> DataFacts:
     """What a run that begins on this data will know of it."""
     return DataFacts(splits.classes, splits.fingerprint, preparation_of(splits.train.table, config))
-
-
-def facts_of(splits: DataSplits, config: Config) -> DataFacts:
-    """What a run that begins on this data will know of it."""
-    return DataFacts(splits.classes, splits.fingerprint, preparation_of(splits.train.table, config))
