@@ -21,10 +21,12 @@ from bootvit import checkpoint
 from bootvit.config import Config, make_config, merge, nest, parse_override, validate
 from bootvit.data import DataSplits, open_splits
 from bootvit.errors import RunFailed, UserError
+from bootvit.idle import warn_of_idle_keys
 from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
+from bootvit.models.zoo import check_batches
 from bootvit.progress import follow_progress
-from bootvit.runs import RunFolder, claim
+from bootvit.runs import RunFolder, check_storage, claim
 from bootvit.tracking import MlflowRun, follow, mlflow_available, run_tags, source_version
 
 
@@ -35,6 +37,8 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
     """
     splits = open_splits(config.data)
     check_evaluable(config, splits)
+    check_storage(config)
+    check_batches(config, len(splits.train))
     if local and config.ray.num_workers > 1:
         raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process; leave it out for Ray Train")
     if local:
@@ -43,6 +47,8 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
         start_ray(config)
     run = run_local if local else run_under_ray
     folder, state = claim(config, resume=resume, overwrite=overwrite)
+    if state != "finished":
+        warn_of_idle_keys(config, splits, local=local)
     if state == "finished":
         print(f"{folder.path} is finished; nothing to do")
         if (tracked := open_tracking(config, folder, splits)) is not None:

@@ -10,6 +10,7 @@ from bootvit.config import Config, DataConfig
 from bootvit.data import open_splits
 from bootvit.errors import UserError
 from bootvit.loop import check_evaluable
+from bootvit.models.zoo import check_batches
 from tune.schema import Sweep
 
 
@@ -41,6 +42,7 @@ def check_data(sweep: Sweep, configs: Iterable[Config]) -> None:
     """Open every data set and fraction that the sweep uses; `UserError` for one that cannot be used."""
     for config in configs:
         facts = fingerprints(config.data)
+        check_batches(config, facts.images)
         if sweep.file.test == "retrain" and not facts.has_test:
             source = config.data.source
             raise UserError(f"{sweep.path}: test=retrain: data.source={source} has no test split; use test: trial")
