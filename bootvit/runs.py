@@ -1,5 +1,6 @@
 """The run directory: its files, who may write to it, and what state it is in."""
 
+import os
 import secrets
 import shutil
 from dataclasses import dataclass
@@ -124,3 +125,29 @@ def open_run(name: str) -> tuple[Config, RunFolder]:
         if (path / "config.yaml").is_file():
             return load_config(str(path / "config.yaml")), RunFolder(path.resolve())
     raise UserError(f"{name}: no run is there (no config.yaml in it)")
+
+
+RAY = ".ray--4194304"  # what Ray Train's own folder adds to a run's name, with the largest process number
+INSIDE = 300  # bytes that the paths inside of a run's folder add to its own
+
+
+def check_storage(config: Config) -> None:
+    """Refuse a place where the run's folder cannot be made, before anything is taken.
+
+    `UserError` for one below a file, or too long; `RunFailed` for a folder that may not be written.
+    """
+    path, given = config.run_dir, f"ray.storage_path={config.ray.storage_path}"
+    there = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        if there == path:
+            raise UserError(f"{path}: exists and is not a run; choose another name= or ray.storage_path=")
+        what = "a link that leads nowhere" if there.is_symlink() else "not a folder"
+        raise UserError(f"{given}: {there} is {what}; give a folder, which may be new")
+    most, longest = os.pathconf(there, "PC_NAME_MAX"), os.pathconf(there, "PC_PATH_MAX")
+    if len(config.name) + len(RAY) > most:
+        raise UserError(f"name={config.name}: at most {most - len(RAY)} characters in {there}")
+    parts = [os.fsencode(part) for part in path.parts]
+    if max(map(len, parts)) > most or len(os.fsencode(path)) + INSIDE > longest:
+        raise UserError(f"{given[:200]}...: this path is too long for {there}: give a shorter one")
+    if there != path and not os.access(there, os.W_OK | os.X_OK):
+        raise RunFailed(f"{given}: {there} may not be written by this user; give another folder")

@@ -21,10 +21,12 @@ from bootvit import checkpoint
 from bootvit.config import Config, flatten, load_config, make_config, merge, nest, override, parse_override, validate
 from bootvit.data import DataSplits, facts_of, open_splits
 from bootvit.errors import RunFailed, UserError
+from bootvit.idle import warn_of_idle_keys
 from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
+from bootvit.models.zoo import check_batches
 from bootvit.progress import follow_progress
-from bootvit.runs import RunFolder, check_same_data, claim
+from bootvit.runs import RunFolder, check_same_data, check_storage, claim
 from bootvit.tracking import MlflowRun, follow, mlflow_available, run_tags, source_version
 from bootvit.weights import check_weights
 
@@ -34,19 +36,11 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
 
     Raises `UserError` before anything is taken, and `RunFailed` for a run that could not go on.
     """
-    splits = open_splits(config.data)
-    check_evaluable(config, splits)
-    if local and config.ray.num_workers > 1:
-        raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process; leave it out for Ray Train")
-    if not (resume and checkpoint.described(config.run_dir / "checkpoints")):
-        for note in check_weights(config, splits.classes):
-            print(f"bootvit: {note}", file=sys.stderr)
+    splits = check(config, local=local, resume=resume)
     if local:
         pick_device(config.ray.use_gpu)
     else:
         start_ray(config)
-    if resume:
-        check_same_data(config, facts_of(splits, config))
     run = run_local if local else run_under_ray
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
@@ -55,11 +49,28 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
         if (tracked := open_tracking(was, folder, splits)) is not None:
             tracked.sync()  # what a server that was down has not got yet
         return dict(checkpoint.read_json(folder.result))
+    warn_of_idle_keys(config, splits, local=local)
     for note in splits.notes:
         print(f"note: {note}", flush=True)
     with following(config, folder, splits) as tracked:
         result = finish(config, folder, splits, lambda: run(config, folder), tracked)
     return result
+
+
+def check(config: Config, *, local: bool, resume: bool) -> DataSplits:
+    """Open the data and find every mistake that can be found before a resource is taken; raises `UserError`."""
+    check_storage(config)
+    if local and config.ray.num_workers > 1:
+        raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process; leave it out for Ray Train")
+    splits = open_splits(config.data)
+    check_evaluable(config, splits)
+    check_batches(config, len(splits.train))
+    if resume:
+        check_same_data(config, facts_of(splits, config))
+    if not (resume and checkpoint.described(config.run_dir / "checkpoints")):
+        for note in check_weights(config, splits.classes):
+            print(f"bootvit: {note}", file=sys.stderr)
+    return splits
 
 
 def finish(

@@ -10,6 +10,7 @@ from bootvit.config import Config, DataConfig
 from bootvit.data import open_splits
 from bootvit.errors import UserError
 from bootvit.loop import check_evaluable
+from bootvit.models.zoo import check_batches
 from bootvit.weights import check_weights
 from tune.schema import Sweep
 
@@ -47,6 +48,7 @@ def check_data(sweep: Sweep, configs: Iterable[Config]) -> None:
         if networks not in checked:
             _check_weights(sweep, config)
             checked.add(networks)
+        check_batches(config, facts.images)
         if sweep.file.test == "retrain" and not facts.has_test:
             source = config.data.source
             raise UserError(f"{sweep.path}: test=retrain: data.source={source} has no test split; use test: trial")

@@ -11,7 +11,7 @@ import yaml
 from bootvit import checkpoint
 from bootvit.config import flatten, parse_yaml
 from bootvit.errors import UserError
-from bootvit.runs import FREE_ON_RESUME
+from bootvit.runs import FREE_ON_RESUME, check_storage
 from tune.schema import Sweep
 
 State = Literal["absent", "unfinished", "finished"]
@@ -22,6 +22,7 @@ FREE = ("sweep.base", "sweep.concurrency", "sweep.resources.", "sweep.budget.", 
 def check_folder(sweep: Sweep, *, resume: bool, overwrite: bool) -> State:
     """What is there under the sweep's name; `UserError` where going on would destroy or mix something."""
     path = sweep.folder
+    check_storage(sweep.base.model_copy(update={"name": sweep.file.name}))
     state = folder_state(sweep)
     if state != "absent" and not (resume or overwrite):
         raise UserError(f"{path}: a sweep of this name exists ({state}): --resume, --overwrite, or name=… for another")

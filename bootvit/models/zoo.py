@@ -38,6 +38,7 @@ __all__ = [
     "agent_maps",
     "build_agent",
     "build_vit",
+    "check_batches",
     "check_models",
     "mirrors",
     "named_shape",
@@ -373,3 +374,44 @@ def _check_sharable(config: Config) -> None:
             f"model.vit.name={config.model.vit.name!r}: method=shared needs fused q, k, v and a two-layer MLP; "
             "use method=joint"
         )
+
+
+def check_batches(config: Config, train_images: int) -> None:
+    """Refuse a share of one image where the agent's BatchNorm would see one value per channel, and fail.
+
+    `train_images` is the number of images that the run trains on: a batch is at most so large.
+    """
+    workers, batch = config.ray.num_workers, min(config.data.batch_size, train_images)
+    if "agent" not in config.networks or batch // workers != 1 or (config.model.agent.sync_norm and workers > 1):
+        return  # with sync_norm every BatchNorm sees the shares of all workers
+    if _norms_take_one_image(config):
+        return
+    if config.data.batch_size < 2 * workers:
+        given = f"data.batch_size={config.data.batch_size}"
+    else:
+        given = f"data.batch_size={config.data.batch_size} of {train_images} training images"
+    share = f"{given} with ray.num_workers={workers}" if workers > 1 else given
+    raise UserError(
+        f"{share} leaves a worker one image, and BatchNorm of model.agent.name={config.model.agent.name} then sees "
+        "one value per channel, its map being 1x1: it needs two images a worker"
+        + (f", such as data.batch_size={2 * workers}" if train_images >= 2 * workers else "")
+    )
+
+
+def _norms_take_one_image(config: Config) -> bool:
+    """Whether every BatchNorm of the agent has more than one value per channel in a batch of one image."""
+    cfg = config.model.agent
+    if mirrors(cfg):
+        maps, depth = agent_maps(config), vit_shape(config.model.vit).depth
+        rows, cols = maps[-1]
+        halved = (rows // 2) * (cols // 2) if depth - 1 in cfg.downsample else rows * cols
+        return min(halved, rows * cols) > 1
+    with torch.random.fork_rng(), torch.no_grad():  # its maps are known only by asking it
+        cnn = timm.create_model(cfg.name, num_classes=2)
+        try:
+            cnn.train()(torch.zeros(1, 3, *config.image_size))
+        except ValueError as err:
+            if "more than 1 value per channel" not in str(err):
+                raise
+            return False
+    return True
