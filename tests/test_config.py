@@ -6,7 +6,7 @@ import pytest
 import yaml
 from helpers import write
 
-from bootvit.config import SHIPPED, all_keys, dump_config, flatten, load_config
+from bootvit.config import SHIPPED, all_keys, dump_config, flatten, load_config, parse_override
 from bootvit.config import Config as Schema
 from bootvit.errors import UserError
 
@@ -87,3 +87,126 @@ def test_an_unknown_name_suggests_the_nearest_shipped_config() -> None:
 
 def test_every_key_has_a_flat_name() -> None:
     assert set(flatten(load_config("digits/joint"))) == set(all_keys(Schema))
+
+
+# ---------------------------------------------------------------------------------------- values as they are typed
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("name=2024-11-25", "2024-11-25"),
+        ("name=1e3", "1e3"),
+        ("name=007", "007"),
+        ("name=on", "on"),
+        ("name=12:30", "12:30"),
+        ("data.root=set #2", "set #2"),
+        ("data.root=#2", "#2"),
+        ("data.root=a: b", "a: b"),
+        ("data.root=[x]", "[x]"),
+        ('data.root="quoted"', '"quoted"'),
+        ("data.root= blank ", " blank "),
+        ("data.root=null", None),
+        ("model.vit.weights=null", None),
+        ("method=vit", "vit"),
+        ("optim.agent.name=null", None),
+        ("optim.lr=1e-3", 1e-3),
+        ("seed=007", 7),
+        ("seed=12:30", "12:30"),
+        ("optim.lr=0.1 # fast", "0.1 # fast"),
+        ("data.image_size=[8, 16]", [8, 16]),
+        ("optim.agent.clip_norm=none", "none"),
+        ("data={source: digits}", {"source": "digits"}),
+        ("tracking.uri=http://h:1/#x", "http://h:1/#x"),
+    ],
+)
+def test_a_texts_value_is_taken_as_typed_and_others_are_yaml(text: str, value: object) -> None:
+    assert parse_override(text) == (text.partition("=")[0], value)
+
+
+def test_the_folder_that_was_typed_is_the_one_that_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert load_config("digits/joint", ["data.root=set #2"]).data.root == str(tmp_path / "set #2")
+    assert load_config("digits/joint", ["data.root=~/x"]).data.root == str(Path.home() / "x")
+    assert load_config("digits/joint", ["name=2024-11-25"]).name == "2024-11-25"
+
+
+def test_a_date_in_a_file_is_the_text_that_stands_there(tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", "name: 2024-11-25\ndata: {root: 2024-11-25 12:00:00}")
+    config = load_config(str(path))
+    assert config.name == "2024-11-25"
+    assert config.data.root is not None
+    assert Path(config.data.root).name == "2024-11-25 12:00:00"
+
+
+LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("name: 123", "name=123"),
+        ("name: yes", "name=true"),
+        ("seed: 12:30", 'seed="12:30"'),
+        ("seed: 2024-11-25", 'seed="2024-11-25"'),
+        ("seed: 1e400", "seed=Infinity"),
+        (f"seed: {'9' * 400}", "seed=9999"),
+        (f"seed: {'9' * 5000}", "not valid YAML"),
+        ("optim: {lr: .inf}", "optim.lr=Infinity"),
+        ("data: {root: !!set {a, b}}", "data.root: YAML's type 'set' is no value of a config"),
+        ("name: !!binary aGk=", "name: YAML's type 'bytes' is no value of a config"),
+        ("seed: !!python/object:os.system x", "not valid YAML"),
+        ("1: x", "1: a key is a text"),
+        ("null: x", "None: a key is a text"),
+        ("data: {true: x}", "data.True: a key is a text"),
+        ("? [a, b]\n: x", "not valid YAML"),
+        (LAUGHS, "more than 100000 values"),
+        ("a: &a [*a]", "not valid YAML"),
+        ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
+        ("extends: 3", "extends=3: expected a file's name"),
+        ("extends: [1]", "extends=[1]: expected a file's name"),
+        (f"extends: {'a' * 5000}", "does not exist"),
+        ("seed: 1\n---\nseed: 2", "not valid YAML"),
+        (f"name: {'a' * 5000}", "..."),
+        ("a: \x00", "not valid YAML"),
+        ("data: {root: 's3://bucket/x'}", "data.root=s3://bucket/x: addresses of object stores are not supported yet"),
+        ("ray: {storage_path: 'gs:/x'}", "ray.storage_path=gs:/x: addresses of object stores"),
+        ('data: {root: "a\\0b"}', "a path in it cannot be resolved"),
+    ],
+    ids=range(27),
+)
+def test_what_yaml_allows_and_a_config_does_not_is_one_short_line(text: str, expected: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "x.yaml", text)
+    with pytest.raises(UserError) as caught:
+        load_config(str(path))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 800
+    assert "x.yaml" in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["ray.storage_path", "data.root"])
+def test_an_address_on_the_command_line_names_its_override(key: str) -> None:
+    with pytest.raises(UserError, match=rf"override '{key}=s3://bucket/x': {key}=s3://bucket/x: .* not supported yet"):
+        load_config("digits/joint", [f"{key}=s3://bucket/x"])
+
+
+def test_an_empty_text_is_a_mistake() -> None:
+    with pytest.raises(UserError, match="data.root is empty; null is none"):
+        parse_override("data.root=")
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(b"\xef\xbb\xbfseed: 3\n")
+    assert load_config(str(path)).seed == 3
+
+
+@pytest.mark.parametrize("data", [b"name: \xff\xfe", b"seed: 1\xe9"])
+def test_a_file_that_is_not_utf_8_is_one_line(data: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_bytes(data)
+    with pytest.raises(UserError, match=r"x\.yaml: cannot be read"):
+        load_config(str(path))

@@ -58,7 +58,7 @@ def parse_yaml(text: str, origin: str) -> Any:
     except (yaml.YAMLError, ValueError, TypeError, AttributeError) as err:  # PyYAML raises more than its own
         raise UserError(f"{origin}: not valid YAML: {' '.join(str(err).split())[:300]}") from err
     except RecursionError:
-        raise UserError(f"{origin}: not valid YAML: nested too deeply, or an alias inside of what it names") from None
+        raise UserError(f"{origin}: not valid YAML: nested too deeply") from None
     return value
 
 
