@@ -106,6 +106,40 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "owned").exists()
 
 
+@pytest.mark.parametrize(
+    ("batch", "words"),
+    [
+        ({"data": np.zeros((10, 3072), np.uint8), "labels": [0] * 9}, "not a whole CIFAR file: 10 images and 9 labels"),
+        ({"data": np.zeros((10, 3071), np.uint8), "labels": [0] * 10}, "not a CIFAR file: cannot reshape"),
+        ({"data": np.zeros((1, 3072), np.uint8), "labels": ["cat"]}, "not a CIFAR file: invalid literal"),
+        ({"labels": [0]}, "not a CIFAR file: 'data' is missing"),
+        ([1], "not a CIFAR file: 'data' is missing"),
+    ],
+)
+def test_a_cifar_file_that_is_not_whole_is_named(tmp_path: Path, batch: object, words: str) -> None:
+    write_cifar(tmp_path, "cifar10")
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    path.write_bytes(pickle.dumps(batch, protocol=2))
+    with pytest.raises(UserError) as caught:
+        train_table(source="cifar10", root=tmp_path)
+    assert str(caught.value).startswith(f"{path}: {words}")
+
+
+def test_a_damaged_pickle_is_named(tmp_path: Path) -> None:
+    write_cifar(tmp_path, "cifar10")
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_3"
+    sound = path.read_bytes()
+    failed = 0
+    for place in range(0, 200, 3):
+        path.write_bytes(sound[:place] + bytes([sound[place] ^ 0x55]) + sound[place + 1 :])
+        try:
+            train_table(source="cifar10", root=tmp_path)
+        except UserError as err:
+            failed += 1
+            assert "\n" not in str(err)  # noqa: PT017
+    assert failed > 20
+
+
 def test_folders_are_listed_once_with_nested_files(tmp_path: Path) -> None:
     write_folder(tmp_path, "train", {"b": 2, "a": 1}, size=(8, 8))
     deep = tmp_path / "train" / "a" / "more" / "deep"
