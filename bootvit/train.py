@@ -25,7 +25,7 @@ from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
 from bootvit.progress import follow_progress
 from bootvit.runs import RunFolder, claim
-from bootvit.tracking import MlflowRun, follow, mlflow_available, run_tags, source_version
+from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 
 
 def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -33,6 +33,7 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
 
     Raises `UserError` before anything is taken, and `RunFailed` for a run that could not go on.
     """
+    check_tracking(config)
     splits = open_splits(config.data)
     check_evaluable(config, splits)
     if local and config.ray.num_workers > 1:
@@ -48,8 +49,8 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
         if (tracked := open_tracking(config, folder, splits)) is not None:
             tracked.sync()  # what a server that was down has not got yet
         return dict(checkpoint.read_json(folder.result))
-    with following(config, folder, splits) as tracked:
-        result = finish(config, folder, splits, lambda: run(config, folder), tracked)
+    with following(config, folder, splits) as follower:
+        result = finish(config, folder, splits, lambda: run(config, folder), follower)
     return result
 
 
@@ -58,29 +59,38 @@ def finish(
     folder: RunFolder,
     splits: DataSplits,
     run: Callable[[], dict[str, Any]],
-    tracked: MlflowRun | None,
+    follower: Follower | None,
 ) -> dict[str, Any]:
     """Run it, and record how it ended in result.json and MLflow, whatever happens."""
-    ids = {"git": source_version(), "mlflow_run_id": tracked.run_id if tracked else None}
     ends: dict[type[BaseException], Literal["failed", "interrupted"]] = {
         KeyboardInterrupt: "interrupted",
         RunFailed: "failed",
         UserError: "failed",
     }
     try:
-        result = run() | ids
+        result = run()
     except BaseException as err:
         status = ends.get(type(err), "failed")
         if status == "interrupted" or isinstance(err, OSError):
             print(f"{folder.path}: the same command with --resume goes on", file=sys.stderr)
-        result = unfinished(config, splits, status, err) | ids
-        folder.write_result(result)
-        if tracked is not None:
-            tracked.finish("KILLED" if status == "interrupted" else "FAILED", result)
+        record(folder, unfinished(config, splits, status, err), "KILLED" if status == "interrupted" else "FAILED", follower)
         raise
+    return record(folder, result, "FINISHED", follower)
+
+
+def record(
+    folder: RunFolder, result: dict[str, Any], status: Literal["FINISHED", "FAILED", "KILLED"], follower: Follower | None
+) -> dict[str, Any]:
+    """Write result.json, at first without MLflow's id, which may not be there yet, and let MLflow know of the end."""
+    result = result | {"git": source_version(), "mlflow_run_id": None}
     folder.write_result(result)
-    if tracked is not None:
-        tracked.finish("FINISHED", result)
+    if follower is None:
+        return result
+    run_id = follower.run_id()
+    if run_id is not None:
+        result |= {"mlflow_run_id": run_id}
+        folder.write_result(result)
+    follower.finish(status, result)
     return result
 
 
@@ -117,21 +127,20 @@ def open_tracking(config: Config, folder: RunFolder, splits: DataSplits) -> Mlfl
 
 
 @contextmanager
-def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator[MlflowRun | None]:
+def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator[Follower | None]:
     """Follow the journal in the background: progress on the terminal, points to MLflow."""
     tracked = open_tracking(config, folder, splits)
+    follower = Follower(tracked) if tracked is not None else None
     stop = threading.Event()
-    threads = [threading.Thread(target=follow_progress, args=(config, folder, stop), daemon=True)]
-    if tracked is not None:
-        threads.append(threading.Thread(target=follow, args=(tracked, stop), daemon=True))
-    for thread in threads:
-        thread.start()
+    progress = threading.Thread(target=follow_progress, args=(config, folder, stop), daemon=True)
+    progress.start()
     try:
-        yield tracked
+        yield follower
     finally:
         stop.set()
-        for thread in threads:
-            thread.join()
+        progress.join()
+        if follower is not None:
+            follower.stop()
 
 
 # ------------------------------------------------------------------------------------------ in this process
