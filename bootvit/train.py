@@ -24,6 +24,7 @@ from bootvit.errors import RunFailed, UserError
 from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
 from bootvit.progress import follow_progress
+from bootvit.ray_connection import check_address, one_line_for, session_folder
 from bootvit.runs import RunFolder, claim
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 
@@ -181,19 +182,24 @@ def raise_on_sigterm() -> None:
 
 
 def connect_ray(cpus: float) -> None:
-    """Connect to RAY_ADDRESS's cluster, or start a Ray here that has at least this many CPUs."""
+    """Connect to RAY_ADDRESS's cluster, or start a Ray here that has at least this many CPUs.
+
+    `UserError` within half a minute if no cluster is there, or a local one could not write its files.
+    """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() takes about this long
     import logging
 
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address := check_address():
+        with one_line_for(address):
+            ray.init(**quiet)
     else:
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), include_dashboard=False, **quiet)
+        cpus = max(os.cpu_count() or 1, math.ceil(cpus))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=session_folder(), **quiet)
     raise_on_sigterm()  # Ray has put its own handler there
 
 

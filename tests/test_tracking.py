@@ -116,7 +116,7 @@ def test_uri_from_config_then_environment_then_the_current_folder(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert tracking_uri(None) == "http://host:5000"
     assert tracking_uri("sqlite:///sub/other.db") == f"sqlite:///{tmp_path}/sub/other.db"
-    with pytest.raises(UserError, match=r"tracking\.uri='mlflow\.db': not a URI, such as"):
+    with pytest.raises(UserError, match=r"tracking\.uri='mlflow\.db': a path is no tracking address; give sqlite:///"):
         tracking_uri("mlflow.db")
 
 

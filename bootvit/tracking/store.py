@@ -15,7 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from bootvit.config import Config
-from bootvit.errors import UserError, naming
+from bootvit.errors import UserError
 
 SQLITE = "sqlite:///"
 DATABASES = ("postgresql", "mysql", "mssql")  # beside SQLite
@@ -120,9 +120,14 @@ def check_writable(uri: str) -> None:
     path = sqlite_path(uri)
     if path is None:
         return
-    with naming(path):
+    probe = path
+    try:
         path.parent.mkdir(parents=True, exist_ok=True)
-    probe = path if path.exists() else path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        if not path.exists():
+            probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            probe.touch()
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, str(path)) from None
     try:
         with closing(sqlite3.connect(probe, timeout=LOCKED_S, isolation_level=None)) as database:
             database.execute("BEGIN IMMEDIATE")
