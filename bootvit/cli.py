@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+
+from bootvit.output import print_json
 
 app = typer.Typer(
     name="bootvit",
@@ -27,13 +28,9 @@ Local = Annotated[bool, typer.Option("--local", help="in this process, without R
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2))
-
-
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     for key, value in facts.items():
         typer.echo(f"{key}: {value}")
@@ -79,7 +76,7 @@ def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as
     config, folder = open_run(run)
     document = score(with_overrides(config, overrides or []), folder.path, local=local)
     if as_json:
-        _print_json(document)
+        print_json(document)
     else:
         for net, counts in document.items():
             right = f"{counts['correct']} of {counts['total']}"
@@ -100,7 +97,7 @@ def predict(
     config, folder = open_run(run)
     guesses = guess(config, folder.path, images, top)
     if as_json:
-        _print_json(guesses)
+        print_json(guesses)
         return
     for row in guesses:
         chances = "  ".join(f"{name} {100 * p:.1f}%" for name, p in row["classes"].items())
@@ -177,7 +174,7 @@ def models(as_json: Json = False) -> None:
     from bootvit.models import sizes
 
     if as_json:
-        _print_json(sizes.document())
+        print_json(sizes.document())
     else:
         typer.echo(sizes.table())
 
