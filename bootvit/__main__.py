@@ -37,7 +37,7 @@ def run(arguments: list[str]) -> int:
     import typer
 
     from bootvit.cli import app
-    from bootvit.errors import OF_THE_MACHINE, OF_THE_USER, RunFailed, UserError
+    from bootvit.errors import RunFailed, UserError
     from bootvit.train import raise_on_sigterm
 
     # typer brings its own copy of click, whose errors it does not export by name
@@ -54,26 +54,26 @@ def run(arguments: list[str]) -> int:
         lines = text if type(err).__name__ == "NoArgsIsHelpError" else f"bootvit: error: {' '.join(text.split())}"
         print(lines, file=sys.stderr)
         return 2
-    except UserError as err:
-        print(f"bootvit: error: {err}", file=sys.stderr)
-        return 2
-    except RunFailed as err:
-        print(f"bootvit: failed: {err}", file=sys.stderr)
-        return 1
-    except MemoryError as err:
-        print(f"bootvit: failed: out of memory {err}".strip(), file=sys.stderr)
-        return 1
-    except OSError as err:
-        if err.errno in OF_THE_USER:
-            print(f"bootvit: error: {err}", file=sys.stderr)
-            return 2
-        if err.errno not in OF_THE_MACHINE:
-            raise
-        print(f"bootvit: failed: {err}", file=sys.stderr)
-        return 1
+    except (UserError, RunFailed, MemoryError, OSError) as err:
+        return explain(err)
     except (KeyboardInterrupt, typer.Abort):
         print("bootvit: interrupted", file=sys.stderr)
         return INTERRUPTED
+
+
+def explain(err: Exception) -> int:
+    """One line on stderr, and the status, for what is the user's or the machine's; anything else is raised again."""
+    from bootvit.errors import OF_THE_MACHINE, OF_THE_USER, UserError
+
+    if isinstance(err, OSError) and err.errno not in OF_THE_MACHINE + OF_THE_USER:
+        raise err
+    if isinstance(err, UserError) or (isinstance(err, OSError) and err.errno in OF_THE_USER):
+        print(f"bootvit: error: {err}", file=sys.stderr)
+        return 2
+    print(
+        f"bootvit: failed: {f'out of memory {err}'.strip() if isinstance(err, MemoryError) else err}", file=sys.stderr
+    )
+    return 1
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def _opened(descriptor: int) -> TextIO:
         if nothing != descriptor:
             os.dup2(nothing, descriptor)
             os.close(nothing)
-    return open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115  for the rest of the process
+    return open(os.devnull, "w", encoding="utf-8")  # for the rest of the process
 
 
 def _as_it_can(err: UnicodeError) -> tuple[str | bytes, int]:

@@ -74,13 +74,18 @@ def finish(
         status = ends.get(type(err), "failed")
         if status == "interrupted" or isinstance(err, OSError):
             print(f"{folder.path}: the same command with --resume goes on", file=sys.stderr)
-        record(folder, unfinished(config, splits, status, err), "KILLED" if status == "interrupted" else "FAILED", follower)
+        record(
+            folder, unfinished(config, splits, status, err), "KILLED" if status == "interrupted" else "FAILED", follower
+        )
         raise
     return record(folder, result, "FINISHED", follower)
 
 
 def record(
-    folder: RunFolder, result: dict[str, Any], status: Literal["FINISHED", "FAILED", "KILLED"], follower: Follower | None
+    folder: RunFolder,
+    result: dict[str, Any],
+    status: Literal["FINISHED", "FAILED", "KILLED"],
+    follower: Follower | None,
 ) -> dict[str, Any]:
     """Write result.json, at first without MLflow's id, which may not be there yet, and let MLflow know of the end."""
     result = result | {"git": source_version(), "mlflow_run_id": None}

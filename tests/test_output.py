@@ -62,7 +62,9 @@ def test_a_run_needs_no_output_at_all(closed: str, here: Path) -> None:
 
 
 def test_a_run_outlives_its_terminal(here: Path) -> None:
-    process = subprocess.Popen([*BOOTVIT, *TRAIN[:3], "schedule.epochs=40"], cwd=here, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [*BOOTVIT, *TRAIN[:3], "schedule.epochs=40"], cwd=here, stderr=subprocess.PIPE, text=True
+    )
     while process.poll() is None and not (here / "runs" / "tiny" / "lease.json").exists():
         time.sleep(0.02)
     process.send_signal(signal.SIGHUP)
@@ -136,7 +138,9 @@ def test_a_report_of_a_result_that_is_not_finite_is_json(here: Path, capsys: pyt
 # ---------------------------------------------------------------------------------------- one line, no traceback
 
 
-@pytest.mark.parametrize("error", [MemoryError(), OSError(20, "Not a directory", "x"), OSError(24, "Too many open files")])
+@pytest.mark.parametrize(
+    "error", [MemoryError(), OSError(20, "Not a directory", "x"), OSError(24, "Too many open files")]
+)
 def test_the_machines_errors_are_one_line(
     error: Exception, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

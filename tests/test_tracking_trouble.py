@@ -77,7 +77,8 @@ def test_an_address_that_is_not_used_does_not_matter(here: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize(
-    "uri", ["sqlite:///x.db", "sqlite:////a b/x.db", "http://h", "https://u:p@h:1/x", "http://[::1]:5000", "databricks://p"]
+    "uri",
+    ["sqlite:///x.db", "sqlite:////a b/x.db", "http://h", "https://u:p@h:1/x", "http://[::1]:5000", "databricks://p"],
 )
 def test_right_addresses(uri: str) -> None:
     assert wrong_form(uri) is None
@@ -132,7 +133,11 @@ def _unlocked() -> Iterator[None]:
     ids=["folder", "no folder", "no database", "locked"],
 )
 def test_training_goes_on_without_its_database(
-    spoil: Callable[[Path], None], reason: str, here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    spoil: Callable[[Path], None],
+    reason: str,
+    here: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def never(uri: str) -> None:
         raise AssertionError("MLflow would try for 100 seconds")

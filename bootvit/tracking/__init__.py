@@ -2,7 +2,8 @@
 
 `journal` has no dependencies and is all that the training loop knows. `MlflowRun` follows one run directory
 from the driver and ships what a checkpoint already covers, so that a redo after a crash never yields a second
-point, in the thread of a `Follower`; `SweepRun` is the parent of a sweep's trials. MLflow is optional and imported only when one is made.
+point, in the thread of a `Follower`; `SweepRun` is the parent of a sweep's trials. MLflow is optional and imported
+only when it is asked for the first time.
 """
 
 from bootvit.tracking.follow import Follower

@@ -51,23 +51,26 @@ def tracking_uri(given: str | None) -> str:
 
 def wrong_form(uri: str) -> str | None:
     """What is wrong with a tracking address, as far as its text says; None if nothing is."""
-    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(\S.*)?", uri)
     if uri in ("databricks", "uc"):
         return None
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(.*)", uri)
     if match is None:
         return "a path is no tracking address" if re.match(r"[./~\w-]+$", uri) else "not a tracking address"
-    scheme, rest = match[1], match[2] or ""
+    scheme, rest = match[1], match[2]
     if scheme == "sqlite":
         return None if re.match(r"/[^:]", rest) else "after sqlite: come three slashes and a file"
     if scheme in ("http", "https"):
         return _wrong_http(uri)
-    if scheme == "file":
-        return "MLflow no longer keeps runs in plain files"
     if scheme.split("+")[0] in DATABASES:
         return _wrong_database(uri) if rest else "no host"
-    if scheme in ("databricks", "uc") or any(e.name == scheme for e in entry_points(group="mlflow.tracking_store")):
-        return None
-    return f"no tracking store is known as {scheme}:"
+    return _wrong_scheme(scheme)
+
+
+def _wrong_scheme(scheme: str) -> str | None:
+    known = ("databricks", "uc", *(plugin.name for plugin in entry_points(group="mlflow.tracking_store")))
+    if scheme == "file":
+        return "MLflow no longer keeps runs in plain files"
+    return None if scheme in known else f"no tracking store is known as {scheme}:"
 
 
 def _wrong_http(uri: str) -> str | None:
