@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
+
+from bootvit.output import print_json
 
 app = typer.Typer(
     name="bootvit",
@@ -27,13 +28,9 @@ Local = Annotated[bool, typer.Option("--local", help="in this process, without R
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 
-def _print_json(document: Any) -> None:
-    typer.echo(json.dumps(document, indent=2))
-
-
 def _print_facts(facts: dict[str, Any], as_json: bool) -> None:
     if as_json:
-        _print_json(facts)
+        print_json(facts)
         return
     for key, value in facts.items():
         if key == "notes":
@@ -86,7 +83,7 @@ def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as
     for where, reason in found.skipped.items():
         typer.echo(f"bootvit: left out: {where}: {reason}", err=True)
     if as_json:
-        _print_json(found.counts)
+        print_json(found.counts)
         return
     for net, counts in found.counts.items():
         right = f"{counts['correct']} of {counts['total']}"
@@ -117,7 +114,7 @@ def predict(
             chances = "  ".join(f"{name} {100 * p:.1f}%" for name, p in row["classes"].items())
             typer.echo(f"{row['image']}  {row['network']}: {chances}")
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     return int(failed)
 
 
@@ -160,7 +157,7 @@ def data_check(config: ConfigName, overrides: Overrides = None, as_json: Json = 
 
     found = report(load_config(config, overrides or []).data)
     if as_json:
-        _print_json(found)
+        print_json(found)
         return int(bool(found["problems"]))
     for problem in found["problems"]:
         typer.echo(f"{problem['image']}: {problem['reason']}")
@@ -213,7 +210,7 @@ def models(as_json: Json = False) -> None:
     from bootvit.models import sizes
 
     if as_json:
-        _print_json(sizes.document())
+        print_json(sizes.document())
     else:
         typer.echo(sizes.table())
 

@@ -11,6 +11,9 @@ OF_THE_MACHINE = (  # a full disk or quota, a folder that may not be written, a 
 )
 
 
+OF_THE_USER = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # a path that cannot be what it is to be
+
+
 class UserError(Exception):
     """The user's mistake: one line that names the file, the key, the value and what would be right (status 2)."""
 

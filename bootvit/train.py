@@ -26,8 +26,9 @@ from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
 from bootvit.models.zoo import check_batches
 from bootvit.progress import follow_progress
+from bootvit.ray_connection import check_address, one_line_for, session_folder
 from bootvit.runs import RunFolder, check_same_data, check_storage, claim
-from bootvit.tracking import MlflowRun, follow, mlflow_available, run_tags, source_version
+from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 from bootvit.weights import check_weights
 
 
@@ -52,13 +53,14 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
     warn_of_idle_keys(config, splits, local=local)
     for note in splits.notes:
         print(f"note: {note}", flush=True)
-    with following(config, folder, splits) as tracked:
-        result = finish(config, folder, splits, lambda: run(config, folder), tracked)
+    with following(config, folder, splits) as follower:
+        result = finish(config, folder, splits, lambda: run(config, folder), follower)
     return result
 
 
 def check(config: Config, *, local: bool, resume: bool) -> DataSplits:
     """Open the data and find every mistake that can be found before a resource is taken; raises `UserError`."""
+    check_tracking(config)
     check_storage(config)
     if local and config.ray.num_workers > 1:
         raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process; leave it out for Ray Train")
@@ -78,29 +80,43 @@ def finish(
     folder: RunFolder,
     splits: DataSplits,
     run: Callable[[], dict[str, Any]],
-    tracked: MlflowRun | None,
+    follower: Follower | None,
 ) -> dict[str, Any]:
     """Run it, and record how it ended in result.json and MLflow, whatever happens."""
-    ids = {"git": source_version(), "mlflow_run_id": tracked.run_id if tracked else None}
     ends: dict[type[BaseException], Literal["failed", "interrupted"]] = {
         KeyboardInterrupt: "interrupted",
         RunFailed: "failed",
         UserError: "failed",
     }
     try:
-        result = run() | ids
+        result = run()
     except BaseException as err:
         status = ends.get(type(err), "failed")
         if status == "interrupted" or isinstance(err, OSError):
             print(f"{folder.path}: the same command with --resume goes on", file=sys.stderr)
-        result = unfinished(config, splits, status, err) | ids
-        folder.write_result(result)
-        if tracked is not None:
-            tracked.finish("KILLED" if status == "interrupted" else "FAILED", result)
+        record(
+            folder, unfinished(config, splits, status, err), "KILLED" if status == "interrupted" else "FAILED", follower
+        )
         raise
+    return record(folder, result, "FINISHED", follower)
+
+
+def record(
+    folder: RunFolder,
+    result: dict[str, Any],
+    status: Literal["FINISHED", "FAILED", "KILLED"],
+    follower: Follower | None,
+) -> dict[str, Any]:
+    """Write result.json, at first without MLflow's id, which may not be there yet, and let MLflow know of the end."""
+    result = result | {"git": source_version(), "mlflow_run_id": None}
     folder.write_result(result)
-    if tracked is not None:
-        tracked.finish("FINISHED", result)
+    if follower is None:
+        return result
+    run_id = follower.run_id()
+    if run_id is not None:
+        result |= {"mlflow_run_id": run_id}
+        folder.write_result(result)
+    follower.finish(status, result)
     return result
 
 
@@ -137,21 +153,20 @@ def open_tracking(config: Config, folder: RunFolder, splits: DataSplits) -> Mlfl
 
 
 @contextmanager
-def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator[MlflowRun | None]:
+def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator[Follower | None]:
     """Follow the journal in the background: progress on the terminal, points to MLflow."""
     tracked = open_tracking(config, folder, splits)
+    follower = Follower(tracked) if tracked is not None else None
     stop = threading.Event()
-    threads = [threading.Thread(target=follow_progress, args=(config, folder, stop), daemon=True)]
-    if tracked is not None:
-        threads.append(threading.Thread(target=follow, args=(tracked, stop), daemon=True))
-    for thread in threads:
-        thread.start()
+    progress = threading.Thread(target=follow_progress, args=(config, folder, stop), daemon=True)
+    progress.start()
     try:
-        yield tracked
+        yield follower
     finally:
         stop.set()
-        for thread in threads:
-            thread.join()
+        progress.join()
+        if follower is not None:
+            follower.stop()
 
 
 # ------------------------------------------------------------------------------------------ in this process
@@ -192,19 +207,24 @@ def raise_on_sigterm() -> None:
 
 
 def connect_ray(cpus: float) -> None:
-    """Connect to RAY_ADDRESS's cluster, or start a Ray here that has at least this many CPUs."""
+    """Connect to RAY_ADDRESS's cluster, or start a Ray here that has at least this many CPUs.
+
+    `UserError` within half a minute if no cluster is there, or a local one could not write its files.
+    """
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() takes about this long
     import logging
 
     import ray
 
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if ray.is_initialized():
         return
-    if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address := check_address():
+        with one_line_for(address):
+            ray.init(**quiet)
     else:
-        ray.init(address="local", num_cpus=max(os.cpu_count() or 1, math.ceil(cpus)), include_dashboard=False, **quiet)
+        cpus = max(os.cpu_count() or 1, math.ceil(cpus))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=session_folder(), **quiet)
     raise_on_sigterm()  # Ray has put its own handler there
 
 

@@ -1,6 +1,7 @@
 """The loop under Ray Train: the command line on real workers, in one Ray for the whole file."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -90,3 +91,13 @@ def test_ctrl_c_or_a_polite_kill_leaves_a_run_that_goes_on(
     assert result["status"] == "interrupted"
     assert 0 < result["epochs"] < 150
     assert main(["train", "tiny.yaml", *arguments, *([] if local else ["--local"]), "--resume"]) == 0
+
+
+def test_a_long_temporary_folder_is_no_obstacle(here: Path) -> None:
+    long = here / ("x" * 100)
+    long.mkdir()
+    command = [sys.executable, "-m", "bootvit", "train", "tiny.yaml", "name=long", "schedule.epochs=1"]
+    done = subprocess.run(
+        command, cwd=here, env=os.environ | {"TMPDIR": str(long)}, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")

@@ -9,7 +9,6 @@ import os
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
 from pathlib import Path
@@ -20,11 +19,11 @@ import pytest
 from bootvit.config import Config
 from bootvit.errors import UserError
 from bootvit.tracking import (
+    Follower,
     Journal,
     MlflowRun,
     Record,
     SweepRun,
-    follow,
     read_journal,
     run_tags,
     tracking_uri,
@@ -117,7 +116,7 @@ def test_uri_from_config_then_environment_then_the_current_folder(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://host:5000")
     assert tracking_uri(None) == "http://host:5000"
     assert tracking_uri("sqlite:///sub/other.db") == f"sqlite:///{tmp_path}/sub/other.db"
-    with pytest.raises(UserError, match=r"tracking\.uri='mlflow\.db': not a URI, such as"):
+    with pytest.raises(UserError, match=r"tracking\.uri='mlflow\.db': a path is no tracking address; give sqlite:///"):
         tracking_uri("mlflow.db")
 
 
@@ -169,7 +168,9 @@ class Store:
 
     def open(self, **changes: Any) -> MlflowRun:
         config = self.config(**changes)
-        return MlflowRun(config, self.run_dir, tags=run_tags(config))
+        run = MlflowRun(config, self.run_dir, tags=run_tags(config))
+        run.connect()
+        return run
 
     def checkpoint(self, epoch: int, step: int, *, final: bool = False) -> None:
         folder = self.run_dir / "checkpoints"
@@ -305,13 +306,13 @@ def test_a_run_whose_creation_was_not_answered_is_found_and_not_made_again(
 
 def test_a_run_that_is_resumed_has_the_tags_of_its_newest_driver(store: Store) -> None:
     for host in ("first", "second"):
-        MlflowRun(store.config(), store.run_dir, tags={"bootvit.host": host})
+        MlflowRun(store.config(), store.run_dir, tags={"bootvit.host": host}).connect()
     (run,) = store.runs()
     assert run.data.tags["bootvit.host"] == "second"
 
 
 def test_a_tag_is_cut_to_the_limit(store: Store) -> None:
-    MlflowRun(store.config(), store.run_dir, tags={"long": "x" * 9000})
+    MlflowRun(store.config(), store.run_dir, tags={"long": "x" * 9000}).connect()
     assert store.runs()[0].data.tags["long"] == "x" * 8000
 
 
@@ -425,23 +426,26 @@ def test_a_finished_run_stays_finished_until_it_gets_more_epochs(store: Store) -
 
 def test_the_parent_is_a_tag(store: Store) -> None:
     config = store.config()
-    MlflowRun(config, store.run_dir, tags=run_tags(config), parent="abc")
+    MlflowRun(config, store.run_dir, tags=run_tags(config), parent="abc").connect()
     assert store.runs()[0].data.tags["mlflow.parentRunId"] == "abc"
 
 
-def test_follow_ships_in_the_background_until_it_is_stopped(store: Store) -> None:
-    run, stop = store.open(), threading.Event()
+def test_a_follower_ships_in_the_background_and_the_end_last(store: Store) -> None:
+    config = store.config()
+    follower = Follower(MlflowRun(config, store.run_dir, tags=run_tags(config)), every=0.01)
     store.journal.write([rec(1)])
     store.checkpoint(1, step=1)
-    thread = threading.Thread(target=follow, args=(run, stop, 0.01))
-    thread.start()
+    assert follower.run_id() == store.runs()[0].info.run_id
     deadline = time.monotonic() + 30
     while not store.points() and time.monotonic() < deadline:
         time.sleep(0.02)
-    stop.set()
-    thread.join(timeout=30)
-    assert not thread.is_alive()
     assert store.points() == [(1, 1.0)]
+    assert store.runs()[0].info.status == "RUNNING"
+    store.journal.write([rec(2)])
+    store.checkpoint(2, step=2, final=True)
+    assert follower.finish("FINISHED", store.result())
+    assert store.points() == [(1, 1.0), (2, 2.0)]
+    assert store.runs()[0].info.status == "FINISHED"
 
 
 # ------------------------------------------------------------------------------------- when it goes wrong
@@ -461,7 +465,7 @@ def test_a_server_that_is_down_is_one_warning_and_everything_is_shipped_later(
     down = MlflowRun(
         store.config(tracking={"uri": f"http://me:secret@127.0.0.1:{unused_port()}"}), store.run_dir, tags={}
     )
-    down.set_tags({"bootvit.subset_digest": "d"})
+    down.connect()
     down.sync()
     down.finish("FINISHED", store.result())
     out, err = capsys.readouterr()

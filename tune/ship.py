@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -11,10 +12,13 @@ from typing import Any, Literal
 from bootvit import checkpoint
 from bootvit.config import Config
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
+from bootvit.tracking.follow import wait_for
 from bootvit.tracking.link import RunLink
 from tune.log import Trial
 
 EVERY = 2.0  # seconds between two looks at the journals
+PAUSE = 30.0  # seconds without an attempt after MLflow has failed
+PATIENCE = 30.0  # seconds at the end in which MLflow takes not a single trial
 ENDS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "finished": "FINISHED",
     "stopped": "KILLED",
@@ -33,6 +37,8 @@ class Shipper:
         self._document: Mapping[str, Any] | None = None
         self._stop = threading.Event()
         self._error: BaseException | None = None
+        self._resume_at = 0.0  # after a pause
+        self._answered = 0.0  # when MLflow has last taken something
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -48,12 +54,19 @@ class Shipper:
         """The newest sweep.json, its trials left out, for the parent run."""
         self._document = document
 
-    def close(self) -> None:
-        """Ship everything that is there, and end; raises what ended the thread before its time."""
+    def close(self) -> bool:
+        """Ship everything that is there, and end; raises what ended the thread before its time.
+
+        False, and a warning, if MLflow takes nothing any more: nothing may use the parent run then.
+        """
         self._stop.set()
-        self._thread.join()
+        self._answered = time.monotonic()
+        while self._thread.is_alive() and time.monotonic() - self._answered < PATIENCE:
+            self._thread.join(1)
+        ended = wait_for(self._thread, 0, self._parent.folder)
         if self._error is not None:
             raise self._error
+        return ended
 
     # ------------------------------------------------------------------------------------------ the thread
 
@@ -67,40 +80,47 @@ class Shipper:
         followed: dict[str, Trial] = {}
         while True:
             last = self._stop.wait(EVERY)
-            document, self._document = self._document, None
-            if document is not None:
-                self._parent.update(document)
-            if self._parent.run_id is not None:  # else MLflow is down, and said so once; `--resume` ships the rest
-                self._ship(followed)
+            if last or time.monotonic() >= self._resume_at:
+                self._resume_at = 0.0 if self._ship(followed) else time.monotonic() + PAUSE
             if last:
                 return
 
-    def _ship(self, followed: dict[str, Trial]) -> None:
+    def _ship(self, followed: dict[str, Trial]) -> bool:
+        """One round; False if MLflow failed, and then nothing more is tried: `--resume` ships what is left."""
+        document, self._document = self._document, None
+        if not (self._parent.update(document) if document is not None else self._parent.connect()):
+            self._document = self._document or document
+            return False
         while not self._trials.empty():
             over, trial = self._trials.get()
             if over:
                 followed.pop(trial.spec.id, None)
-                self._finish(trial)
+                if not self._finish(trial):
+                    return False
             else:
                 followed[trial.spec.id] = trial
-        for trial in followed.values():
-            self._sync(trial)
+        return all(self._sync(trial) for trial in followed.values())
 
-    def _sync(self, trial: Trial) -> None:
+    def _sync(self, trial: Trial) -> bool:
         config = self._make_config(trial)
         run = self._running.get(trial.spec.id)
         if run is None and (config.run_dir / "config.yaml").exists():
             run = self._running[trial.spec.id] = self._child(trial, config)
-        if run is not None:
-            run.sync()
+        return run is None or self._took(run.sync())
 
-    def _finish(self, trial: Trial) -> None:
+    def _finish(self, trial: Trial) -> bool:
         config = self._make_config(trial)
         run = self._running.pop(trial.spec.id, None) or self._child(trial, config)
+        run.connect()
         path = config.run_dir / "result.json"
         result = checkpoint.read_json(path) | {"mlflow_run_id": run.run_id}
         checkpoint.write_json(path, result)
-        run.finish(ENDS[trial.status], result)
+        return self._took(run.finish(ENDS[trial.status], result))
+
+    def _took(self, answered: bool) -> bool:
+        if answered:
+            self._answered = time.monotonic()
+        return answered
 
     def _child(self, trial: Trial, config: Config) -> MlflowRun:
         tags = run_tags(config) | {

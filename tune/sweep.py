@@ -11,7 +11,8 @@ from bootvit import checkpoint
 from bootvit.config import Config, override
 from bootvit.errors import UserError
 from bootvit.runs import claim, take_lease
-from bootvit.tracking import SweepRun, mlflow_available, tracking_uri
+from bootvit.tracking import SweepRun, check_tracking, mlflow_available, tracking_uri
+from bootvit.tracking.follow import PATIENCE_S, within
 from bootvit.tracking.tags import git_commit
 from bootvit.train import importlib_missing
 from tune.budget import Budget
@@ -43,6 +44,7 @@ def run_sweep(
     Raises `UserError` before anything starts, for whatever in the file or on the cluster cannot work.
     """
     sweep = load_sweep(name, overrides)
+    check_tracking(sweep.base)
     configs = check_space(sweep)
     check_resources(sweep)
     check_data(sweep, configs)
@@ -263,12 +265,13 @@ class Driver:
     def _close_shipper(self) -> None:
         if self._shipper is not None:
             shipper, self._shipper = self._shipper, None
-            shipper.close()
+            if not shipper.close():
+                self._parent = None  # its thread may still wait for MLflow; `--resume` ships the rest
 
     def _finish(self, status: ParentStatus, document: Document, files: Sequence[Path]) -> None:
         self._close_shipper()
-        if self._parent is not None:
-            self._parent.finish(status, document, files)
+        if (parent := self._parent) is not None:
+            within(lambda: parent.finish(status, document, files), PATIENCE_S, parent.folder)
 
     def _report(self) -> list[Path]:
         if importlib_missing("matplotlib") or importlib_missing("sklearn"):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 from bootvit.config import RayConfig
 from bootvit.errors import UserError
+from bootvit.output import print_json
 from bootvit.report.from_mlflow import collect_mlflow
 from bootvit.report.rows import collect_folders
 from bootvit.report.sweep import print_sweep, sweep_json, write_sweep_report
@@ -38,7 +38,7 @@ def command(
     else:
         rows = collect_folders(folders or [storage()])
     if as_json:
-        print(json.dumps(report_json(rows), indent=2, allow_nan=False))
+        print_json(report_json(rows))
     else:
         print_table(rows)
     if out or not as_json:
@@ -61,7 +61,7 @@ def find_sweep(name: str) -> Path:
 
 def _sweep(folder: Path, out: Path | None, as_json: bool) -> None:
     if as_json:
-        print(json.dumps(sweep_json(folder), indent=2, allow_nan=False))
+        print_json(sweep_json(folder))
     else:
         print_sweep(folder)
     if out or not as_json:

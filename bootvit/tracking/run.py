@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -41,19 +40,25 @@ class MlflowRun(TrackedRun):
             params=flat_params(config),
         )
 
-    def sync(self) -> None:
-        """Ship what the newest checkpoint covers and is not there yet; and the end, if the run has ended."""
-        self._attempt(self._sync)
+    def sync(self, *, now: bool = False) -> bool:
+        """Ship what the newest checkpoint covers and is not there yet; and the end, if the run has ended.
 
-    def finish(self, status: Status, result: Mapping[str, Any]) -> None:
+        False if the store failed, or did so a moment ago and it is not to be asked again `now`.
+        """
+        return self._attempt(self._sync, now=now)
+
+    def note_end(self, status: Status, result: Mapping[str, Any]) -> None:
+        """Write down how the run ended, in its folder only: a `sync`, by whomever, tells MLflow."""
+        self._result, self._finishing = dict(result), True
+        self._update_link(ended=status, complete=False)
+
+    def finish(self, status: Status, result: Mapping[str, Any]) -> bool:
         """Ship the rest, the final numbers and the artifacts, and set the status.
 
         What a store that is down does not take now is taken by the next `sync` of this directory.
         """
-        with self._lock:
-            self._result, self._finishing = dict(result), True
-            self._update_link(ended=status, complete=False)
-            self._attempt(self._sync, now=True)
+        self.note_end(status, result)
+        return self.sync(now=True)
 
     def _on_connect(self, run: Any) -> None:
         self._shipped, self._offset, self._dataset_sent = -1, 0, False
@@ -63,14 +68,14 @@ class MlflowRun(TrackedRun):
 
     def _sync(self) -> None:
         self._send_dataset()
-        covered = covered_step(self._folder)
+        covered = covered_step(self.folder)
         if covered > self._shipped:
             self._ship(covered)
         if self._link.ended and not self._link.complete:
             self._complete(self._link.ended, covered)
 
     def _ship(self, covered: int) -> None:
-        journal = self._folder / "metrics.jsonl"
+        journal = self.folder / "metrics.jsonl"
         inode = journal.stat().st_ino if journal.exists() else -1
         if inode != self._journal_inode:
             self._offset, self._journal_inode = 0, inode
@@ -95,7 +100,7 @@ class MlflowRun(TrackedRun):
             self._read_to = behind
 
     def _complete(self, status: Status, covered: int) -> None:
-        path = self._folder / "result.json"
+        path = self.folder / "result.json"
         result = self._result or (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
         milliseconds = int(time.time() * 1000)
         self._send_points(Point(key, value, milliseconds, covered) for key, value in final_metrics(result).items())
@@ -104,9 +109,9 @@ class MlflowRun(TrackedRun):
             self._send_tags({"bootvit.data_fingerprint": self._tags["bootvit.data_fingerprint"]})
             self._send_dataset()
         for name in ("config.yaml", "result.json"):
-            if (self._folder / name).exists():
-                self._send_file(self._folder / name)
-        for file in final_checkpoint(self._folder):
+            if (self.folder / name).exists():
+                self._send_file(self.folder / name)
+        for file in final_checkpoint(self.folder):
             self._send_file(file, "checkpoint")
         self._terminate(status)
 
@@ -124,12 +129,6 @@ class MlflowRun(TrackedRun):
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
         self._client.log_inputs(self.run_id, inputs)
         self._dataset_sent = True
-
-
-def follow(run: MlflowRun, stop: threading.Event, every: float = 2.0) -> None:
-    """A thread's target: sync every so many seconds until told to stop."""
-    while not stop.wait(every):
-        run.sync()
 
 
 def covered_step(run_dir: Path) -> int:

@@ -6,13 +6,22 @@ import importlib.util
 import logging
 import os
 import re
+import sqlite3
 import uuid
+from contextlib import closing
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
+from bootvit.config import Config
 from bootvit.errors import UserError
 
 SQLITE = "sqlite:///"
+DATABASES = ("postgresql", "mysql", "mssql")  # beside SQLite
+FORMS = "sqlite:///FILE, http://HOST:PORT, https://HOST, postgresql://HOST/NAME or databricks://PROFILE"
+LOCKED_S = 5.0  # for another process to let go of an SQLite file
+CONNECTIONS = 3  # attempts to reach a database server; MLflow's ten take 100 s
 
 
 def mlflow_available() -> bool:
@@ -20,17 +29,73 @@ def mlflow_available() -> bool:
     return importlib.util.find_spec("mlflow") is not None
 
 
+def check_tracking(config: Config) -> None:
+    """Refuse a tracking address of a wrong form, before anything is taken; one that is not used does not matter."""
+    if config.tracking.enabled:
+        tracking_uri(config.tracking.uri)
+
+
 def tracking_uri(given: str | None) -> str:
-    """`tracking.uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the current folder; absolute."""
+    """`tracking.uri`, else MLFLOW_TRACKING_URI, else `mlflow.db` in the current folder; absolute, of a right form."""
     name, uri = "tracking.uri", given
     if uri is None and os.environ.get("MLFLOW_TRACKING_URI"):
         name, uri = "MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"]
     if uri is None:
         uri = f"{SQLITE}mlflow.db"
-    if uri != "databricks" and not re.match(r"[a-z][a-z0-9+.-]*://", uri):
-        raise UserError(f"{name}={uri!r}: not a URI, such as sqlite:///mlflow.db or http://127.0.0.1:5000")
+    wrong = wrong_form(uri)
+    if wrong:
+        raise UserError(f"{name}={public(uri)!r}: {wrong}; give {FORMS}")
     path = sqlite_path(uri)
     return f"{SQLITE}{path}" if path else uri
+
+
+def wrong_form(uri: str) -> str | None:
+    """What is wrong with a tracking address, as far as its text says; None if nothing is."""
+    if uri in ("databricks", "uc"):
+        return None
+    match = re.fullmatch(r"([a-z][a-z0-9+.-]*)://(.*)", uri)
+    if match is None:
+        return "a path is no tracking address" if re.match(r"[./~\w-]+$", uri) else "not a tracking address"
+    scheme, rest = match[1], match[2]
+    if scheme == "sqlite":
+        return None if re.match(r"/[^:]", rest) else "after sqlite: come three slashes and a file"
+    if scheme in ("http", "https"):
+        return _wrong_http(uri)
+    if scheme.split("+")[0] in DATABASES:
+        return _wrong_database(uri) if rest else "no host"
+    return _wrong_scheme(scheme)
+
+
+def _wrong_scheme(scheme: str) -> str | None:
+    known = ("databricks", "uc", *(plugin.name for plugin in entry_points(group="mlflow.tracking_store")))
+    if scheme == "file":
+        return "MLflow no longer keeps runs in plain files"
+    return None if scheme in known else f"no tracking store is known as {scheme}:"
+
+
+def _wrong_http(uri: str) -> str | None:
+    try:
+        parts = urlsplit(uri)
+        right = bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", uri)
+    except ValueError:  # such as a port that is no number; its message would quote a password
+        right = False
+    return None if right else "not a host and a port"
+
+
+def _wrong_database(uri: str) -> str | None:
+    """Whether SQLAlchemy understands the address and has a driver for it; nothing is connected."""
+    if importlib.util.find_spec("sqlalchemy") is None:
+        return None  # then MLflow is not installed either, and tracking is off
+    from sqlalchemy.engine import make_url
+    from sqlalchemy.exc import ArgumentError
+
+    try:
+        make_url(uri).get_dialect().import_dbapi()
+    except ModuleNotFoundError as err:
+        return f"the database's driver is not installed ({err.name})"
+    except ArgumentError as err:  # an address that cannot be read, or a driver that is unknown
+        return public(" ".join(str(err).split()))
+    return None
 
 
 def sqlite_path(uri: str) -> Path | None:
@@ -40,7 +105,40 @@ def sqlite_path(uri: str) -> Path | None:
 
 def public(uri: str) -> str:
     """A URI without the password that may be in it, for messages and files."""
-    return re.sub(r"://[^/@]*@", "://***@", uri)
+    return re.sub(r":(/+)\S*@", r":\1***@", uri)
+
+
+def is_new_database(uri: str) -> bool:
+    """Whether MLflow will have to make an SQLite file there, which takes it seconds."""
+    path = sqlite_path(uri)
+    return path is not None and not path.exists()
+
+
+def check_writable(uri: str) -> None:
+    """Raise `OSError` or `sqlite3.Error` for an SQLite store that cannot be written.
+
+    MLflow itself tries ten times, 100 seconds in all, whatever is wrong: a read-only folder, a folder in the file's
+    place, a file that is no database, or one that another process keeps locked.
+    """
+    path = sqlite_path(uri)
+    if path is None:
+        return
+    probe = path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            probe = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+            probe.touch()
+    except OSError as err:
+        raise OSError(err.errno, err.strerror, str(path)) from None
+    try:
+        with closing(sqlite3.connect(probe, timeout=LOCKED_S, isolation_level=None)) as database:
+            database.execute("BEGIN IMMEDIATE")
+            database.execute("CREATE TABLE bootvit_can_write (x)")  # makes the journal file beside it too
+            database.execute("ROLLBACK")
+    finally:
+        if probe != path:
+            probe.unlink(missing_ok=True)
 
 
 def connect(uri: str) -> Any:
@@ -63,6 +161,10 @@ def connect(uri: str) -> Any:
 
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    if path or uri.startswith(DATABASES):
+        from mlflow.store.db import utils
+
+        utils.MAX_RETRY_COUNT = CONNECTIONS
     if path and not path.exists():
         _create_sqlite(path)
     return MlflowClient(uri)
@@ -78,13 +180,17 @@ def _create_sqlite(path: Path) -> None:
 
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-    MlflowClient(f"{SQLITE}{temporary}").get_experiment("0")
+    try:
+        MlflowClient(f"{SQLITE}{temporary}").get_experiment("0")
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     try:
         os.link(temporary, path)
     except OSError:
         pass  # another process was first; or no hard links here, and then MLflow creates it in place
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:

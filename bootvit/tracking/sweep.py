@@ -45,23 +45,19 @@ class SweepRun(TrackedRun):
         params = {f"space/{key}": param_text(value) for key, value in space.items()}
         super().__init__(sweep_dir, uri, experiment, tags=tags, params=params)
 
-    def update(self, document: Mapping[str, Any]) -> None:
-        """Send what `sweep.json` says now: trials and cost so far, and the best of every group."""
-        self._attempt(lambda: self._send_state(document))
+    def update(self, document: Mapping[str, Any]) -> bool:
+        """Send what `sweep.json` says now: trials, cost, the best of every group; False if the store failed."""
+        return self._attempt(lambda: self._send_state(document))
 
-    def add_files(self, files: Sequence[Path]) -> None:
-        """Attach files, such as plots and the ledger of costs, below `report`."""
-        self._attempt(lambda: self._send_files(files))
-
-    def finish(self, status: Status, document: Mapping[str, Any], files: Sequence[Path] = ()) -> None:
-        """Send the last state and the files, and set the status."""
+    def finish(self, status: Status, document: Mapping[str, Any], files: Sequence[Path] = ()) -> bool:
+        """Send the last state and the files, and set the status; False if the store failed."""
 
         def end() -> None:
             self._send_state(document)
             self._send_files(files)
             self._terminate(status)
 
-        self._attempt(end, now=True)
+        return self._attempt(end, now=True)
 
     def _on_connect(self, run: Any) -> None:
         if self._file:
@@ -73,8 +69,8 @@ class SweepRun(TrackedRun):
         self._send_points(state_points(document, int(time.time() * 1000)))
         best = document["best"].items()
         self._send_tags({f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best})
-        if (self._folder / "sweep.json").exists():
-            self._send_file(self._folder / "sweep.json")
+        if (self.folder / "sweep.json").exists():
+            self._send_file(self.folder / "sweep.json")
 
     def _send_files(self, files: Sequence[Path]) -> None:
         for file in files:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from bootvit.tracking.link import RunLink, Status
-from bootvit.tracking.store import connect, experiment_id, forget_artifacts, public
+from bootvit.tracking.store import check_writable, connect, experiment_id, forget_artifacts, public
 from bootvit.tracking.tags import TAG_LIMIT
 
 RUN_KEY = "bootvit.run_key"
@@ -35,13 +35,14 @@ class TrackedRun:
 
     Every access goes through `_attempt`: a store that fails is one warning on stderr and a pause, and what
     could not be sent is sent later: `_latest`, the last step of each metric that the store itself has, says
-    what is missing there.
+    what is missing there. Making one only reads and writes the folder; whatever asks MLflow may take seconds and
+    belongs into a thread of its own (`bootvit.tracking.follow`).
     """
 
     def __init__(
         self, folder: Path, uri: str, experiment: str, *, tags: Mapping[str, str], params: Mapping[str, str]
     ) -> None:
-        self._folder, self._uri, self._experiment = folder, uri, experiment
+        self.folder, self.uri, self._experiment = folder, uri, experiment
         self._tags, self._params = dict(tags), dict(params)
         self._link_path = folder / "mlflow.json"
         self._may_be_there = self._link_path.exists()  # a key that was made just now is in no store
@@ -49,22 +50,19 @@ class TrackedRun:
         self._client: Any = None
         self._latest: dict[str, int] = {}
         self._unsent_tags: dict[str, str] = {}
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # held while MLflow is asked
+        self._link_lock = threading.Lock()  # held for a moment
         self._retry_at = 0.0
         self._warned = False
-        self._attempt(lambda: None)
 
     @property
     def run_id(self) -> str | None:
         """MLflow's id; None as long as the store has never answered."""
         return self._link.run_id
 
-    def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags that were not known at the start."""
-        with self._lock:
-            self._tags |= tags
-            self._unsent_tags |= tags
-            self._attempt(lambda: None)
+    def connect(self) -> bool:
+        """Find or create the run, if that is not done yet; False if the store failed, or failed a moment ago."""
+        return self._attempt(lambda: None)
 
     # ------------------------------------------------------------------------------------- for subclasses
 
@@ -86,10 +84,11 @@ class TrackedRun:
             return True
 
     def _update_link(self, **changes: Any) -> None:
-        link = self._link.model_copy(update=changes)
-        if link != self._link:
-            self._link = link
-            link.save(self._link_path)
+        with self._link_lock:
+            link = self._link.model_copy(update=changes)
+            if link != self._link:
+                self._link = link
+                link.save(self._link_path)
 
     def _on_connect(self, run: Any) -> None:
         """Called with MLflow's run once it is found or created."""
@@ -141,8 +140,9 @@ class TrackedRun:
     # ------------------------------------------------------------------------------------------- connecting
 
     def _connect(self) -> None:
-        client = connect(self._uri)
-        experiment = experiment_id(client, self._uri, self._experiment)
+        check_writable(self.uri)
+        client = connect(self.uri)
+        experiment = experiment_id(client, self.uri, self._experiment)
         run = self._find(client, experiment) if self._may_be_there else None
         self._may_be_there = True
         self._unsent_tags = dict(self._tags) if run else {}
@@ -150,7 +150,7 @@ class TrackedRun:
             tags = {key: value[:TAG_LIMIT] for key, value in self._tags.items()} | {RUN_KEY: self._link.run_key}
             run = client.create_run(experiment, run_name=self._tags.get("mlflow.runName"), tags=tags)
         self._latest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-        self._update_link(run_id=run.info.run_id, uri=public(self._uri), experiment=self._experiment)
+        self._update_link(run_id=run.info.run_id, uri=public(self.uri), experiment=self._experiment)
         self._client = client
         try:
             self._send_params(run.data.params)
@@ -181,8 +181,8 @@ class TrackedRun:
         self._warned = True
         reason = " ".join(str(err).split())[:300] or type(err).__name__
         print(
-            f"bootvit: warning: MLflow at {public(self._uri)} failed: {public(reason)}; nothing is lost: "
-            f"the rest is in {self._folder}, sent when MLflow answers or by the same command with --resume",
+            f"bootvit: warning: MLflow at {public(self.uri)} failed: {public(reason)}; nothing is lost: "
+            f"the rest is in {self.folder}, sent when MLflow answers or by the same command with --resume",
             file=sys.stderr,
             flush=True,
         )

@@ -1,0 +1,83 @@
+"""MLflow in the background: training never waits for it, and at the end of a run not for long."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bootvit.tracking.link import Status
+from bootvit.tracking.run import MlflowRun, final_checkpoint
+from bootvit.tracking.store import is_new_database
+
+PATIENCE_S = 15.0  # at the end of a run, for what MLflow has not got yet
+CREATION_S = 60.0  # more, while MLflow makes a new database: this machine works, nobody is waited for
+UPLOAD_BYTES_PER_S = 4e6  # more, for the upload of a checkpoint that is at least so fast
+
+
+class Follower:
+    """One thread that follows a run's folder to MLflow, from the first step to the end of the run.
+
+    Nothing else may use the `MlflowRun` meanwhile. What is not sent when the patience is at its end stays in the
+    folder, with a note that it is to be sent: the same command with `--resume` does.
+    """
+
+    def __init__(self, run: MlflowRun, *, every: float = 2.0) -> None:
+        self._run, self._every = run, every
+        self._tried = threading.Event()  # whether MLflow has been asked for its run, successfully or not
+        self._ended = threading.Event()
+        self._has_end = False
+        self._creating = is_new_database(run.uri)
+        self._thread = threading.Thread(target=self._work, daemon=True)
+        self._thread.start()
+
+    def run_id(self) -> str | None:
+        """MLflow's id of the run; None if it has not answered within the patience."""
+        self._tried.wait(self._patience())
+        return self._run.run_id
+
+    def stop(self) -> None:
+        """End the thread without an end of the run."""
+        self._ended.set()
+
+    def finish(self, status: Status, result: Mapping[str, Any]) -> bool:
+        """Send the rest and how the run ended; False, and a warning, if MLflow keeps us waiting for too long."""
+        self._run.note_end(status, result)
+        self._has_end = True
+        self._ended.set()
+        return wait_for(self._thread, self._patience(), self._run.folder)
+
+    def _patience(self) -> float:
+        size = sum(file.stat().st_size for file in final_checkpoint(self._run.folder))
+        creation = CREATION_S if self._creating and not self._tried.is_set() else 0.0
+        return PATIENCE_S + creation + size / UPLOAD_BYTES_PER_S
+
+    def _work(self) -> None:
+        self._run.connect()
+        self._tried.set()
+        while not self._ended.wait(self._every):
+            self._run.sync()
+        if self._has_end:
+            self._run.sync(now=True)
+
+
+def wait_for(thread: threading.Thread, seconds: float, folder: Path) -> bool:
+    """Wait for a thread that speaks with MLflow; False, and a warning, if it has not ended in time."""
+    thread.join(seconds)
+    if thread.is_alive():
+        print(
+            f"bootvit: warning: MLflow has not taken everything within {seconds:.0f} s; nothing is lost: "
+            f"the rest is in {folder}, sent by the same command with --resume",
+            file=sys.stderr,
+            flush=True,
+        )
+    return not thread.is_alive()
+
+
+def within(action: Callable[[], object], seconds: float, folder: Path) -> bool:
+    """Let MLflow do something, for so long at most."""
+    thread = threading.Thread(target=action, daemon=True)
+    thread.start()
+    return wait_for(thread, seconds, folder)
