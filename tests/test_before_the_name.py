@@ -119,7 +119,7 @@ def test_a_sweep_refuses_the_place(tmp_path: Path) -> None:
     [
         (
             "model.vit.name=vit_tiny_patch16_224.none",
-            "timm knows no weights 'none' of vit_tiny_patch16_224; known: aug",
+            "timm knows no weights 'none' of vit_tiny_patch16_224; known: a",
         ),
         ("model.vit.name=bootvit_small_patch16_224.x", "timm knows no weights 'x' of bootvit_small_patch16_224"),
         ("model.agent.name=resnet18.none", "timm knows no weights 'none' of resnet18; known: a1_in1k"),
