@@ -23,7 +23,7 @@ Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="such as data.fraction=0.1; the value of a text key is taken as typed, any other is YAML; the last one wins",
+        help="such as data.fraction=0.1; a text is taken as typed, any other value is YAML; the last one wins",
     ),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name below ./runs")]
