@@ -21,7 +21,11 @@ app.add_typer(data_app, name="data")
 
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped one such as digits/joint")]
 Overrides = Annotated[
-    Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...", help="such as data.fraction=0.1")  # noqa: UP045
+    Optional[list[str]],  # noqa: UP045
+    typer.Argument(
+        metavar="[KEY=VALUE]...",
+        help="such as data.fraction=0.1; a text is taken as typed, any other value is YAML; the last one wins",
+    ),
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name below ./runs")]
 Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]

@@ -14,11 +14,27 @@ OF_THE_MACHINE = (  # a full disk or quota, a folder that may not be written, a 
 OF_THE_USER = (errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # a path that cannot be what it is to be
 
 
-class UserError(Exception):
+LONGEST = 1000  # characters of a message
+
+
+def one_line(text: str) -> str:
+    """A message without characters that break a line or cannot be seen, cut in its middle where it is long."""
+    seen = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return seen if len(seen) <= LONGEST else f"{seen[: LONGEST // 2]} ... {seen[5 - LONGEST // 2 :]}"
+
+
+class OneLine(Exception):
+    """An error whose text is one line, whatever names and values of the user it repeats."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+class UserError(OneLine):
     """The user's mistake: one line that names the file, the key, the value and what would be right (status 2)."""
 
 
-class RunFailed(Exception):
+class RunFailed(OneLine):
     """A run that could not go on, such as a loss that is no longer finite (status 1)."""
 
 

@@ -8,7 +8,7 @@ import torch
 from helpers import ONE, TINY, tiny, write
 
 from bootvit.__main__ import main
-from bootvit.config import Config, dump_config, make_config, override
+from bootvit.config import Config, dump_config, load_config, make_config, override
 from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Learner
@@ -109,6 +109,31 @@ def test_a_sweep_refuses_the_place(tmp_path: Path) -> None:
     write(loaded.folder, "")
     with pytest.raises(UserError, match="exists and is not a run"):
         check_folder(loaded, resume=False, overwrite=False)
+
+
+# ------------------------------------------------------------------------------------------- names of timm
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        (
+            "model.vit.name=vit_tiny_patch16_224.none",
+            "timm knows no weights 'none' of vit_tiny_patch16_224; known: a",
+        ),
+        ("model.vit.name=bootvit_small_patch16_224.x", "timm knows no weights 'x' of bootvit_small_patch16_224"),
+        ("model.agent.name=resnet18.none", "timm knows no weights 'none' of resnet18; known: a1_in1k"),
+    ],
+)
+def test_a_tag_that_timm_does_not_know(given: str, expected: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config("digits/joint", [given])
+    assert given.replace("=", "='") in str(caught.value)
+    assert expected in str(caught.value)
+
+
+def test_a_tag_that_timm_knows() -> None:
+    load_config("cifar10/resnet50", ["model.agent.name=resnet18.a1_in1k"])
 
 
 # ---------------------------------------------------------------------------------------- batches of one image

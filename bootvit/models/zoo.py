@@ -123,6 +123,7 @@ def named_shape(name: str) -> ViTShape:
         raise UserError(
             f"model.vit.name={name!r} is not a model of timm" + (f"; the nearest is {near[0]!r}" if near else "")
         )
+    _check_tag("model.vit.name", name)
     with torch.device("meta"):
         model = timm.create_model(name)
     if not isinstance(model, VisionTransformer) or not hasattr(model.blocks[0], "attn"):
@@ -289,6 +290,7 @@ def _check_agent(config: Config) -> None:
     if not mirrors(cfg):
         if not timm.is_model(cfg.name):
             raise UserError(f"model.agent.name={cfg.name!r}: expected agent_small, agent_base or a CNN of timm")
+        _check_tag("model.agent.name", cfg.name)
         if config.method == "shared":
             raise UserError(
                 f"model.agent.name={cfg.name!r} cannot share the ViT's weights: use agent_small or agent_base"
@@ -373,6 +375,16 @@ def _check_sharable(config: Config) -> None:
         raise UserError(
             f"model.vit.name={config.model.vit.name!r}: method=shared needs fused q, k, v and a two-layer MLP; "
             "use method=joint"
+        )
+
+
+def _check_tag(key: str, name: str) -> None:
+    """Refuse the name of a model of timm with a tag, after its dot, that timm has no weights for."""
+    model, dot, tag = name.partition(".")
+    known = [whole.partition(".")[2] for whole in timm.list_models(f"{model}.*", pretrained=True)] if dot else []
+    if dot and tag not in known:
+        raise UserError(
+            f"{key}={name!r}: timm knows no weights {tag!r} of {model}; known: {', '.join(known) or 'none'}"
         )
 
 
