@@ -13,6 +13,7 @@ import pytest
 from data_making import data_config, picture
 
 from bootvit.data import DataSplits, open_splits
+from bootvit.data.table import ParquetImages
 from bootvit.errors import UserError
 
 CELL = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
@@ -400,3 +401,14 @@ def test_damage_anywhere_names_the_file(tmp_path: Path) -> None:
             assert str(path) in str(err)  # noqa: PT017
             assert "\n" not in str(err)  # noqa: PT017
     assert failed > 20
+
+
+def test_a_file_that_changes_under_a_run_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path, train=table(LABELS)) / "train.parquet"
+    found = opened(tmp_path).train.table.images
+    assert isinstance(found, ParquetImages)
+    path.write_bytes(b"PAR1 and no more")
+    with pytest.raises(UserError, match=r"train\.parquet: not a readable Parquet file"):
+        list(found.scan(np.arange(4)))
+    with pytest.raises(UserError, match=r"train\.parquet: not a readable Parquet file"):
+        _ = ParquetImages((path,), "image.bytes").groups
