@@ -1,12 +1,26 @@
 """bootvit: train a vision Transformer from scratch on little data, together with the agent CNN that mirrors it."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
 from bootvit.models import zoo as _zoo  # noqa: F401  importing it registers our sizes with timm
+
+if TYPE_CHECKING:
+    from ray.tune import ResultGrid
 
 try:
     __version__ = version("bootvit")
 except PackageNotFoundError:  # run from a folder, not installed
     __version__ = "0+source"
 
-__all__ = ["__version__"]
+__all__ = ["__version__", "sweep"]
+
+
+def sweep(name: str, overrides: Sequence[str] = (), **how: Any) -> ResultGrid:
+    """Run a sweep as `bootvit sweep` does, and return Ray Tune's ResultGrid; see `tune.run.driver.sweep`."""
+    from tune.run.driver import sweep as run
+
+    return run(name, overrides, **how)

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bootvit.errors import UserError
-from cluster.capacity import check_capacity, known_nodes
-from cluster.command import Workers, check_command, outlives_job
+from cluster.capacity import Workers, check_capacity, known_nodes
+from cluster.command import check_command, outlives_job
 
 GOOD = ["ray.storage_path=/shared/runs", "tracking.uri=http://mlflow:5000"]
 

@@ -12,9 +12,9 @@ import pytest
 from tiny_sweeps import Clock, make_conductor, make_sweep, run
 
 from bootvit.errors import RunFailed
-from tune.conductor import Conductor
-from tune.log import Log, Trial
-from tune.record import winners
+from tune.decide.conductor import Conductor
+from tune.decide.log import Log, Trial
+from tune.tell.record import winners
 
 KD = "objective.vit.kd"
 TWO_GROUPS: dict[str, Any] = {

@@ -11,10 +11,11 @@ from tiny_sweeps import make_conductor, make_sweep, run
 from bootvit import checkpoint
 from bootvit.config import load_config
 from bootvit.runs import RunFolder, claim
-from tune.log import Trial
-from tune.pbt import copy_member, mutate
-from tune.schema import Sweep
-from tune.space import trial_config
+from tune.decide.log import Trial
+from tune.decide.population import mutate
+from tune.run.copying import copy_member
+from tune.spec.schema import Sweep
+from tune.spec.space import trial_config
 
 KD = "objective.vit.kd"
 OPTUNA: dict[str, Any] = {

@@ -12,7 +12,7 @@ from bootvit import checkpoint
 from bootvit.config import Config
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
 from bootvit.tracking.link import RunLink
-from tune.log import Trial
+from tune.decide.log import Trial
 
 EVERY = 2.0  # seconds between two looks at the journals
 ENDS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {

@@ -12,8 +12,8 @@ from typing import Any
 from bootvit.config import Config, merge, nest, validate
 from bootvit.errors import UserError
 from bootvit.models.zoo import check_models
-from tune.domain import Domain
-from tune.schema import Sweep, get
+from tune.spec.domain import Domain
+from tune.spec.schema import Sweep, get
 
 Setting = dict[str, Any]  # searched key -> value; only the keys that count there
 Draw = Callable[[str, Domain], Any]
@@ -126,18 +126,24 @@ def distinct(sweep: Sweep, every: Iterator[Setting]) -> list[Setting]:
     return list(seen.values())
 
 
+def count_trials(sweep: Sweep) -> int:
+    """How many trials there are at most."""
+    if sweep.file.algorithm == "optuna":
+        return sweep.file.search.samples * len(list(settings(sweep, None))) * len(sweep.seeds)
+    return len(planned_settings(sweep)) * len(sweep.seeds)
+
+
 # -------------------------------------------------------------------------------------------------- trials
 
 
-def make_specs(sweep: Sweep, chosen: Sequence[Setting], first: int, seeds: Sequence[int] | None = None) -> list[Spec]:
+def make_specs(sweep: Sweep, pairs: Sequence[tuple[Setting, int]], first: int) -> list[Spec]:
     """A trial for each setting and seed, numbered from `first`."""
     specs: list[Spec] = []
-    for setting in chosen:
-        for seed in seeds or sweep.seeds:
-            group = group_name(sweep, trial_config(sweep, setting, seed))
-            parts = [*(f"{k.split('.')[-1]}={get_value(sweep, setting, k)}" for k in id_keys(sweep)), f"seed={seed}"]
-            label = re.sub(r"[^A-Za-z0-9._=+,-]", "_", ",".join(parts))[:100]
-            specs.append(Spec(f"{first + len(specs):04d}-{label}", group, seed, setting))
+    for setting, seed in pairs:
+        group = group_name(sweep, trial_config(sweep, setting, seed))
+        parts = [*(f"{k.split('.')[-1]}={get_value(sweep, setting, k)}" for k in id_keys(sweep)), f"seed={seed}"]
+        label = re.sub(r"[^A-Za-z0-9._=+,-]", "_", ",".join(parts))[:100]
+        specs.append(Spec(f"{first + len(specs):04d}-{label}", group, seed, setting))
     return specs
 
 
@@ -211,10 +217,21 @@ def _check_model(sweep: Sweep, config: Config) -> None:
 
 
 def _check_selection(sweep: Sweep, config: Config) -> None:
-    grace = sweep.file.scheduler.grace_epochs
-    if sweep.file.scheduler.name == "asha" and grace > config.schedule.epochs:
+    """Refuse decisions at epochs that are not evaluated."""
+    grace, name = sweep.file.scheduler.grace_epochs, sweep.file.scheduler.name
+    every, total = config.schedule.eval_every, config.schedule.epochs
+    if name != "none" and grace > total:
+        raise UserError(f"{sweep.path}: scheduler.grace_epochs={grace} is more than schedule.epochs={total}")
+    if name != "none" and grace % every:
         raise UserError(
-            f"{sweep.path}: scheduler.grace_epochs={grace} is more than schedule.epochs={config.schedule.epochs}"
+            f"{sweep.path}: scheduler.grace_epochs={grace}: no evaluation is there with schedule.eval_every={every}: "
+            f"set grace_epochs to a multiple of it, such as {every * (grace // every + 1)}"
+        )
+    interval = sweep.file.search.interval
+    if sweep.file.algorithm == "pbt" and interval < min(every, total):
+        raise UserError(
+            f"{sweep.path}: search.interval={interval}: members cannot be compared after so many epochs, because they "
+            f"are evaluated every schedule.eval_every={every}: set interval to {every} or more"
         )
 
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, field_validator, model_validator
 
 from bootvit.config import Config, Positive, Section
-from tune.domain import Domain
+from tune.spec.domain import Domain
 
 METRIC = r"^held_out\.(vit|agent)\.(top1|top5|loss)$"
 
@@ -31,9 +31,9 @@ class SearchConfig(Section):
 class SchedulerConfig(Section):
     """Which running trials are stopped early; only trials of one group are compared."""
 
-    name: Literal["asha", "none"] = "none"
+    name: Literal["asha", "hyperband", "median", "none"] = "none"
     grace_epochs: int = Field(1, ge=1, description="no trial is stopped before it has done so many epochs")
-    reduction: float = Field(3, gt=1, description="one trial in so many goes on at every rung")
+    reduction: float = Field(3, gt=1, description="one trial in so many goes on at every rung (not of median)")
 
 
 class SelectConfig(Section):
@@ -42,7 +42,18 @@ class SelectConfig(Section):
     metric: Annotated[str, Field(pattern=METRIC)] = Field(
         "held_out.vit.top1", description="of a trial that trains only the other network: that one's"
     )
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] | None = Field(None, description="null: min for a loss, else max")
+
+    @model_validator(mode="after")
+    def _loss_is_small(self) -> Self:
+        if self.mode == "max" and self.metric.endswith(".loss"):
+            raise ValueError(f"mode=max with metric={self.metric}: a smaller loss is better; leave mode out")
+        return self
+
+    @property
+    def best(self) -> Literal["max", "min"]:
+        """`mode`, or what the metric asks for."""
+        return self.mode or ("min" if self.metric.endswith(".loss") else "max")
 
 
 class ResourcesConfig(Section):
@@ -83,6 +94,15 @@ class SweepFile(Section):
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
     retries: int = Field(2, ge=0, description="of a trial that crashes, from its checkpoint")
+    trial_timeout: Positive | None = Field(
+        None, description="seconds; a trial that reports nothing for so long (an epoch, start-up included) has crashed"
+    )
+    callbacks: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = Field(
+        (), description="module:Class of Ray Tune's callbacks, such as ray.tune.logger:TBXLoggerCallback"
+    )
+    progress: Literal["lines", "table"] = Field(
+        "lines", description="on the terminal: a line a trial, or Tune's table too"
+    )
     test: Literal["trial", "retrain"] = Field("trial", description="how the winners meet the test set, once")
 
     @field_validator("scheduler", mode="before")
@@ -163,6 +183,16 @@ class Sweep:
     def seeds(self) -> tuple[int, ...]:
         """The seeds of every setting."""
         return self.file.seeds or (self.base.seed,)
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of one trial, all its workers together."""
+        return float(self.file.resources.cpu or self.base.ray.num_workers * self.base.ray.cpus_per_worker)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of one trial, all its workers together."""
+        return self.file.resources.gpu
 
     @property
     def group_by(self) -> tuple[str, ...]:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from tune.log import Trial, Trials
-from tune.schema import Sweep
-from tune.select import scores
-from tune.space import canonical, get_value
+from tune.decide.log import Trial, Trials
+from tune.decide.select import scores
+from tune.spec.schema import Sweep
+from tune.spec.space import canonical, get_value
 
 FRACTION = "data.fraction"
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
