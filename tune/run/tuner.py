@@ -50,10 +50,13 @@ class Work(NamedTuple):
     timeout: float | None = None  # seconds without a report after which a trial is started again
     callbacks: Sequence[tune.Callback] = ()
     table: bool = False  # Tune's own table on the terminal
+    trainable: type[tune.Trainable] | None = None  # None: `TrialActor`
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc]
     """Runs a trial, an epoch a step."""
+
+    attempt = staticmethod(attempt)
 
     def setup(self, config: dict[str, Any]) -> None:
         """Only take note: Tune may set an actor up for a trial that another one runs already."""
@@ -64,7 +67,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
         """One epoch; the result says whose it is."""
         job = Job(**json.loads(self._job))
         if self._run is None:
-            self._run = attempt(job)
+            self._run = self.attempt(job)
         report = next(self._run)
         value = report.metrics.get(job.metric)
         return {**report.metrics, "trial": self.trial_id, "epoch": report.epoch, "value": value, "over": report.done}
@@ -89,8 +92,8 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
             release_memory()
 
     def __repr__(self) -> str:
-        """The trial's name, which Ray's dashboard and its logs show."""
-        return str(self.trial_id or type(self).__name__)
+        """With the trial's name: Ray's dashboard, its logs and the titles of processes show it."""
+        return f"{type(self).__name__}({self.trial_id})"
 
 
 def release_memory() -> None:
@@ -135,6 +138,7 @@ class Source(Unsaved, SearchGenerator):  # type: ignore[misc]
         super().__init__(Searcher())
         self._work, self._errors = work, errors
         self._ended = [trial for trial in work.conductor.trials.values() if trial.status in ENDED]
+        self._resources = tune.PlacementGroupFactory([work.resources])
         self.given: set[str] = set()  # trials that Tune has
 
     def create_trial_if_possible(self, experiment_spec: dict[str, Any]) -> TuneTrial | None:
@@ -155,7 +159,7 @@ class Source(Unsaved, SearchGenerator):  # type: ignore[misc]
         self.given.add(name)
         self._counter += 1
         made = _create_trial_from_spec(
-            copy.deepcopy(spec) | {"config": config},
+            copy.deepcopy(spec) | {"config": config, "resources_per_trial": self._resources},
             self._parser,
             evaluated_params=trial.overrides | {"seed": trial.spec.seed},
             experiment_tag=name,
@@ -207,6 +211,7 @@ class Judge(Unsaved, FIFOScheduler):  # type: ignore[misc]
         self._controller: Any = None
         self._heard: dict[str, float] = {}  # trial -> when it last said something
         self._silent: set[str] = set()  # killed because they said nothing
+        self._pausing: list[TuneTrial] = []  # members of a population that must leave their actors
         self._orphans = Orphans()
 
     def on_trial_add(self, tune_controller: Any, trial: TuneTrial) -> None:
@@ -226,8 +231,10 @@ class Judge(Unsaved, FIFOScheduler):  # type: ignore[misc]
                 raise RunFailed(f"trial {name}: a result of {result['trial']} came in its place")
             if not conductor.result(name, result["epoch"], result["value"], done=result["over"]):
                 return str(TrialScheduler.CONTINUE)
-        waits = conductor.trials[name].status == "waiting"
-        return str(TrialScheduler.PAUSE if waits else TrialScheduler.STOP)
+        if conductor.trials[name].status != "waiting":
+            return str(TrialScheduler.STOP)
+        self._pausing.append(trial)
+        return str(TrialScheduler.NOOP)
 
     def on_trial_error(self, tune_controller: Any, trial: TuneTrial) -> None:
         """A trial has failed, or its worker has died."""
@@ -263,6 +270,8 @@ class Judge(Unsaved, FIFOScheduler):  # type: ignore[misc]
         """Bring Tune's trials to what the conductor says of them, and look for what happens without an event."""
         with self._errors.noted():
             self._work.conductor.beat()
+            while self._pausing:  # Tune's own PAUSE leaves an empty folder in the run's each time
+                self._controller.pause_trial(self._pausing.pop(), should_checkpoint=False)
             for trial in list(self._controller.get_live_trials()) if self._controller else ():
                 self._agree_on(trial)
             if self._work.several_workers:
@@ -345,7 +354,7 @@ def execute(work: Work, folder: Path, name: str) -> tune.ResultGrid:
     source = Source(work, errors)
     judge = Judge(work, source.given, errors)
     tuner = tune.Tuner(
-        tune.with_resources(TrialActor, tune.PlacementGroupFactory([work.resources])),
+        work.trainable or TrialActor,
         tune_config=tune.TuneConfig(
             search_alg=source,
             scheduler=judge,
@@ -357,7 +366,7 @@ def execute(work: Work, folder: Path, name: str) -> tune.ResultGrid:
         run_config=tune.RunConfig(
             name=name,
             storage_path=str(folder),
-            verbose=1 if work.table else 0,
+            verbose=2 if work.table else 0,
             progress_reporter=reporter() if work.table else None,
             callbacks=[Observer(judge), *work.callbacks],
             failure_config=tune.FailureConfig(max_failures=0),  # each trial has its own number
