@@ -193,10 +193,19 @@ class Source(Unsaved, SearchGenerator):  # type: ignore[misc]
         """Nothing: the log has it."""
 
 
+class Order(str):
+    """A text that is not spelled out where Tune prints a trial's parameters."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "..."
+
+
 def tune_config(trial: Trial, job: Job | None) -> dict[str, Any]:
     """A trial's config as Tune has it: its own values, and as one text what its actor is to do, while it has one."""
     values = {**trial.overrides, "seed": trial.spec.seed}
-    return values if job is None else {**values, "job": json.dumps(job._asdict())}
+    return values if job is None else {**values, "job": Order(json.dumps(job._asdict()))}
 
 
 # ------------------------------------------------------------------------------------------------ the scheduler
