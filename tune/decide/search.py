@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from statistics import fmean
 from typing import Any, NamedTuple, Protocol
 
@@ -42,11 +42,30 @@ class Source(Protocol):
         """A trial has ended."""
 
 
-def make_source(sweep: Sweep) -> Source:
-    """The source that the sweep file asks for."""
+class Searcher(Protocol):
+    """Suggests settings within one cell of the grid; learns from the trials that have ended."""
+
+    seeds: Sequence[int]
+    asked: int
+
+    def ask(self) -> tuple[Setting, bool]:
+        """A suggestion, and whether it is new; one that is not is not run."""
+
+    def replay(self, setting: Setting, *, new: bool) -> bool:
+        """Ask again what once gave this setting; returns whether it is new, as it was then."""
+
+    def tell(self, setting: str, trials: Sequence[Trial]) -> None:
+        """How a setting's trials ended."""
+
+
+MakeSearcher = Callable[[Sweep, Setting, Sequence[int]], Searcher]
+
+
+def make_source(sweep: Sweep, make_searcher: MakeSearcher | None = None) -> Source:
+    """The source that the sweep file asks for; `make_searcher` makes what is not Optuna's."""
     if sweep.file.fidelity:
         return Rungs(sweep)
-    return Suggestions(sweep) if sweep.file.algorithm == "optuna" else Plan(sweep)
+    return Suggestions(sweep, make_searcher or Study) if sweep.file.suggests else Plan(sweep)
 
 
 def new_event(
@@ -149,18 +168,17 @@ class Rungs:
 
 
 class Suggestions:
-    """One Optuna study for each cell of the grid (and each seed, if groups differ in it); they take turns.
+    """One searcher for each cell of the grid (and each seed, if groups differ in it); they take turns.
 
-    A setting counts as the mean over its seeds. After a crash each study is asked again what it was asked: its state
-    is what its questions and answers make it. Where another version of Optuna then answers otherwise, the study is
-    made anew, from the trials that have ended.
+    A setting counts as the mean over its seeds. After a crash each searcher is asked again what it was asked: its
+    state is what its questions and answers make it.
     """
 
-    def __init__(self, sweep: Sweep) -> None:
+    def __init__(self, sweep: Sweep, make: MakeSearcher) -> None:
         self._sweep = sweep
         parts = [(seed,) for seed in sweep.seeds] if "seed" in sweep.group_by else [sweep.seeds]
-        self._studies = [Study(sweep, cell, seeds) for seeds in parts for cell in settings(sweep, None)]
-        self._open: dict[str, Study] = {}  # setting and seeds -> study that waits for its end
+        self._studies = [make(sweep, cell, seeds) for seeds in parts for cell in settings(sweep, None)]
+        self._open: dict[str, Searcher] = {}  # setting and seeds -> study that waits for its end
 
     def more(self, trials: Trials) -> Event | None:
         """The next suggestion of the study that was asked least."""
@@ -189,13 +207,17 @@ class Suggestions:
         if key in self._open and all(other.status in ENDED for other in every):
             self._open.pop(key).tell(trial.spec.setting, every)
 
-    def _note(self, study: Study, setting: Setting, new: bool) -> None:
+    def _note(self, study: Searcher, setting: Setting, new: bool) -> None:
         if new:
             self._open[canonical([setting, list(study.seeds)])] = study
 
 
 class Study:
-    """One study of Optuna's, in which only what was asked and told counts."""
+    """One study of Optuna's, in which only what was asked and told counts.
+
+    Where another version of Optuna answers otherwise than the log says, it is made anew, from the trials that have
+    ended.
+    """
 
     def __init__(self, sweep: Sweep, cell: Setting, seeds: Sequence[int]) -> None:
         self._sweep, self._cell, self.seeds = sweep, cell, seeds

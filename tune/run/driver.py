@@ -22,6 +22,7 @@ from tune.run.copying import copy_member
 from tune.run.data import check_data, plan
 from tune.run.folder import check_folder, claim_folder, read_state
 from tune.run.recording import Recording
+from tune.run.searchers import check_searcher, searcher_of
 from tune.run.trial import Job
 from tune.run.winners import TEST_LOG, Tests
 from tune.spec.load import load_sweep
@@ -91,6 +92,7 @@ def checked(name: str, overrides: Sequence[str]) -> tuple[Sweep, list[Config]]:
     check_data(sweep, configs)
     if importlib_missing("optuna") and sweep.file.algorithm == "optuna":
         raise UserError("Optuna is not installed: pip install 'bootvit[ray]'")
+    check_searcher(sweep)
     return sweep, configs
 
 
@@ -128,7 +130,7 @@ class Driver:
         self._conductor = Conductor(
             sweep,
             Log(sweep.folder / "events.jsonl"),
-            make_source(sweep),
+            make_source(sweep, searcher_of(sweep)),
             Stopper(sweep, epochs),
             Budget(sweep.file.budget, sweep.gpus, self._spent),
             on_end=self._trial_ended,

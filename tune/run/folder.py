@@ -105,7 +105,7 @@ def grows(sweep: Sweep, key: str, was: Any, now: Any) -> bool:
     """Whether a sweep can take up a larger number: all of what it has done stays part of it."""
     plain = sweep.file.algorithm in ("grid", "random") and not sweep.file.fidelity
     if key == "sweep.search.samples":
-        return (plain or sweep.file.algorithm == "optuna") and now > was
+        return (plain or sweep.file.suggests) and now > was
     if key == "sweep.seeds":
         old, new = was or [sweep.base.seed], now or [sweep.base.seed]
         return plain and new[: len(old)] == old

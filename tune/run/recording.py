@@ -33,7 +33,7 @@ class Recording:
         self.recorder = Recorder(sweep)
         self._commit = git_commit()
         self._planned = None if sweep.file.fidelity else count_trials(sweep)  # rungs take what turns out best
-        self.parent = connect(sweep)
+        self._parent: SweepRun | None = None  # connected only when there is something to say: that reopens it
         self._shipper: Shipper | None = None
 
     # ------------------------------------------------------------------------------------------- the trials
@@ -41,8 +41,9 @@ class Recording:
     def follow(self, kind: str, config: MakeConfig) -> None:
         """Send trials of this kind to MLflow from now on; those of another kind are over."""
         self.close()
-        if self.parent is not None:
-            self._shipper = Shipper(self.parent, self._sweep.file.name, kind, config)
+        self._parent = self._parent or connect(self._sweep)
+        if self._parent is not None:
+            self._shipper = Shipper(self._parent, self._sweep.file.name, kind, config)
 
     def started(self, trial: Trial) -> None:
         """A trial is given out."""
@@ -106,13 +107,14 @@ class Recording:
     def finish(self, status: ParentStatus, document: Mapping[str, Any], files: Sequence[Path]) -> None:
         """The end, in MLflow too."""
         self.close()
-        if self.parent is not None:
-            self.parent.finish(status, document, files)
+        if self._parent is not None:
+            self._parent.finish(status, document, files)
 
     def is_complete(self, document: Mapping[str, Any]) -> bool:
         """Whether MLflow has all of a finished sweep."""
         places = [self._sweep.folder, *(self._sweep.folder / trial["run"] for trial in document["trials"])]
-        return self.parent is None or all(is_shipped(place) for place in places if place.exists())
+        tracked = self._sweep.base.tracking.enabled and mlflow_available()
+        return not tracked or all(is_shipped(place) for place in places if place.exists())
 
     def report(self) -> list[Path]:
         """The report's files."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -15,17 +17,33 @@ from tune.spec.domain import Domain
 METRIC = r"^held_out\.(vit|agent)\.(top1|top5|loss)$"
 
 
+OWN = ("grid", "random", "pbt")  # algorithms that know their trials at the start
+TUNES = ("ax", "bayesopt", "bohb", "hebo", "hyperopt", "nevergrad", "zoopt")  # Ray Tune's names of its searchers
+
+
 class SearchConfig(Section):
     """How settings are chosen."""
 
-    algorithm: Literal["grid", "random", "optuna", "pbt"] | None = Field(
-        None, description="null: grid if every key is a grid, else random"
+    algorithm: str | None = Field(
+        None,
+        description="grid, random, optuna, pbt; one of Ray Tune's searchers by its name, or its module:Class, if it "
+        "takes a seed; null: grid if every key is a grid, else random",
     )
     samples: int = Field(1, ge=1, description="settings drawn for each cell of the grid; pbt: size of a population")
     seed: int = Field(0, ge=0, lt=2**32)
-    sampler: Literal["tpe", "gp", "qmc"] = Field("tpe", description="Optuna's")
+    sampler: Literal["tpe", "gp", "qmc"] = Field("tpe", description="of algorithm optuna")
     interval: int = Field(1, ge=1, description="pbt: epochs between two exchanges")
     quantile: float = Field(0.25, gt=0, le=0.5, description="pbt: share of members that copy a better one")
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        names = (*OWN, "optuna", *TUNES)
+        if value is None or value in names or re.fullmatch(r"[\w.]+:\w+", value):
+            return value
+        near = get_close_matches(value, names, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown algorithm {value!r}{hint}; known: {', '.join(names)}, or module:Class of a searcher")
 
 
 class SchedulerConfig(Section):
@@ -127,7 +145,7 @@ class SweepFile(Section):
             for key, domain in self.domains:
                 if domain.kind != "grid":
                     raise ValueError(f"search.algorithm=grid, but space.{key} is {domain.kind}: use grid, or random")
-        if self.algorithm in ("optuna", "pbt") and all(d.kind == "grid" for _, d in self.domains):
+        if (self.suggests or self.algorithm == "pbt") and all(d.kind == "grid" for _, d in self.domains):
             raise ValueError(f"search.algorithm={self.algorithm} has nothing to choose: every key of space is a grid")
         if self.algorithm == "pbt":
             self._check_pbt()
@@ -144,7 +162,7 @@ class SweepFile(Section):
             raise ValueError(
                 f"fidelity={key}: small fractions are rungs for the largest, so they cannot be in group_by"
             )
-        if self.algorithm in ("optuna", "pbt"):
+        if self.suggests or self.algorithm == "pbt":
             raise ValueError(f"fidelity={key} works with search.algorithm grid or random, not {self.algorithm}")
 
     def _check_pbt(self) -> None:
@@ -164,6 +182,11 @@ class SweepFile(Section):
         """The search algorithm, `search.algorithm` or what the space asks for."""
         only_grids = all(domain.kind == "grid" for _, domain in self.domains)
         return self.search.algorithm or ("grid" if only_grids else "random")
+
+    @property
+    def suggests(self) -> bool:
+        """Whether a searcher is asked for settings, one after another."""
+        return self.algorithm not in OWN
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ def distinct(sweep: Sweep, every: Iterator[Setting]) -> list[Setting]:
 
 def count_trials(sweep: Sweep) -> int:
     """How many trials there are at most."""
-    if sweep.file.algorithm == "optuna":
+    if sweep.file.suggests:
         return sweep.file.search.samples * len(list(settings(sweep, None))) * len(sweep.seeds)
     return len(planned_settings(sweep)) * len(sweep.seeds)
 
@@ -200,7 +200,7 @@ def check_space(sweep: Sweep) -> list[Config]:
 
 def trial_settings(sweep: Sweep) -> Iterator[Setting]:
     """The settings that `check_space` looks at."""
-    if sweep.file.algorithm != "optuna":
+    if not sweep.file.suggests:
         yield from planned_settings(sweep)
     for _, domain in sweep.file.domains:
         if domain.kind == "grid":

@@ -15,6 +15,7 @@ from bootvit.data import Batch
 from bootvit.learner import Learner, World
 from bootvit.tracking.tags import param_text
 from cluster.capacity import trials_at_once
+from tune.decide.stopping import decision_epochs
 from tune.spec.domain import Domain
 from tune.spec.schema import Sweep
 from tune.spec.space import canonical, count_trials, make_specs, planned_settings, settings
@@ -33,13 +34,14 @@ class Planned(NamedTuple):
 
 def describe_plan(sweep: Sweep, planned: Sequence[Planned]) -> str:
     """Trials (or the space, where it is searched), resources and cost, as text."""
-    return "\n".join([*_what(sweep), *_where(sweep), *_cost(sweep, planned)])
+    configs = [config for config, _, _ in planned]
+    return "\n".join([*_what(sweep), *_when(sweep, configs), *_where(sweep), *_cost(sweep, planned)])
 
 
 def _what(sweep: Sweep) -> list[str]:
     file = sweep.file
     lines = [f"sweep {file.name}: {file.algorithm}, scheduler {file.scheduler.name}{_groups(sweep)}"]
-    if file.algorithm == "optuna":
+    if file.suggests:
         lines += [f"  {key}: {_domain_text(domain)}" for key, domain in file.domains]
         cells = len(list(settings(sweep, None)))
         seeds = ", ".join(map(str, sweep.seeds))
@@ -52,6 +54,20 @@ def _what(sweep: Sweep) -> list[str]:
         *(f"  {spec.id:{width}}  {_assignments(spec.overrides)}".rstrip() for spec in specs),
         f"{len(specs)} trials{note}",
     ]
+
+
+def _when(sweep: Sweep, configs: Sequence[Config]) -> list[str]:
+    """After which epochs it is decided which trials stop, or which members of a population copy which."""
+    lengths = sorted({(config.schedule.epochs, config.schedule.eval_every) for config in configs})
+    lines = []
+    for epochs, every in lengths:
+        if sweep.file.algorithm == "pbt":
+            what, found = "copies", list(range(sweep.file.search.interval, epochs, sweep.file.search.interval))
+        else:
+            what, found = "stops", decision_epochs(sweep, epochs, every)
+        if found:
+            lines.append(f"{what}: decided after {', '.join(map(str, found))} of {epochs} epochs")
+    return lines
 
 
 def _groups(sweep: Sweep) -> str:
