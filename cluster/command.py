@@ -77,7 +77,7 @@ class Checked(NamedTuple):
 
 def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
     config = load_config(str(path), overrides)
-    _check_places(_layers(path, overrides), str(path), env)
+    _check_places(_overridden(read_layers(path), overrides), str(path), env)
     return Checked(config.name, path, train_workers(config))
 
 
@@ -93,13 +93,15 @@ def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
     sweep = load_sweep(str(path), overrides)
     check_space(sweep)
     base = find_config(sweep.file.base)
-    _check_places(_layers(base, [text for text in overrides if text not in own]), str(base), env)
+    raw = read_layers(base)
+    for key, value in sweep.file.set.items():
+        raw = merge(raw, nest(key, value))
+    _check_places(_overridden(raw, [text for text in overrides if text not in own]), str(base), env)
     return Checked(sweep.file.name, base, trial_workers(sweep))
 
 
-def _layers(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """A config as it is written, before its places are resolved against this folder."""
-    raw = read_layers(path)
+def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A config as it is written, before its places are resolved against this folder, with the command's own words."""
     for text in overrides:
         raw = merge(raw, nest(*parse_override(text)))
     return raw

@@ -77,6 +77,18 @@ def test_tracking_must_outlive_the_job(folder: Path) -> None:
     check_command([*words, "tracking.enabled=false"], {})
 
 
+def test_a_sweep_s_own_settings_count_as_they_will_in_the_job(folder: Path) -> None:
+    """`set` is a layer between the base and the command's words: it may give a place, or spoil one."""
+    head = "name: both\nbase: tiny.yaml\nspace: {optim.lr: {grid: [1e-3, 2e-3]}}\n"
+    good = "set: {ray.storage_path: /shared/runs, tracking: {uri: 'http://mlflow:5000'}}\n"
+    (folder / "sweep.yaml").write_text(head + good)
+    assert check_command(["sweep", "sweep.yaml"], {}).name == "both"
+    assert "ray.storage_path=runs would vanish" in refused("sweep", "sweep.yaml", "ray.storage_path=runs")
+    (folder / "sweep.yaml").write_text(head + "set: {data.root: here}\n")
+    assert "data.root=here is relative" in refused("sweep", "sweep.yaml", *GOOD)
+    check_command(["sweep", "sweep.yaml", "data.root=/there", *GOOD], {})
+
+
 def test_a_password_stays_out_of_the_jobs_record(folder: Path) -> None:
     line = refused("train", "tiny.yaml", GOOD[0], env={"MLFLOW_TRACKING_URI": "http://me:hunter2@mlflow:5000"})
     assert "password" in line

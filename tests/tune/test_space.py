@@ -12,7 +12,7 @@ from cluster.capacity import trials_at_once
 from tune.run.capacity import check_resources
 from tune.spec.load import load_sweep
 from tune.spec.schema import get
-from tune.spec.space import check_space, group_name, make_specs, planned_settings, sample, trial_config
+from tune.spec.space import check_space, group_name, label, make_specs, planned_settings, sample, trial_config
 
 KD = "objective.vit.kd"
 
@@ -95,7 +95,7 @@ def test_trials_have_a_seed_a_group_and_a_name(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, space=space, seeds=[3, 4])
     specs = make_specs(sweep, [(s, seed) for s in planned_settings(sweep) for seed in sweep.seeds], 0)
     assert [spec.seed for spec in specs] == [3, 4] * 4
-    assert specs[0].id == "0000-fraction=0.1,seed=3"
+    assert specs[0].id == "0000-fraction=0.1,kd=1,seed=3"
     assert specs[0].group == "data.fraction=0.1 method=joint"
     assert len({spec.id for spec in specs}) == 8
     config = trial_config(sweep, specs[-1].overrides, specs[-1].seed, specs[-1].id)
@@ -103,6 +103,16 @@ def test_trials_have_a_seed_a_group_and_a_name(tmp_path: Path) -> None:
     assert config.run_dir == sweep.folder / "trials" / specs[-1].id
     by_seed = make_sweep(tmp_path, space=space, group_by=["seed"])
     assert group_name(by_seed, config) == "seed=4"
+
+
+def test_a_name_shows_the_values_that_differ(tmp_path: Path) -> None:
+    """Not those that are the same in all trials; two keys with one ending are told apart; the seed is always there."""
+    space = {KD: {"loguniform": [0.1, 1]}, "objective.agent.kd": {"grid": [1, 2]}, "optim.lr": {"grid": [0.001]}}
+    setting = {KD: 0.123456, "objective.agent.kd": 2, "optim.lr": 0.001}
+    assert label(make_sweep(tmp_path, space=space), setting, 7) == "vit.kd=0.1235,agent.kd=2,seed=7"
+    weights = {"model.vit.weights": {"grid": ["/a folder/" + "x" * 200, "b"]}}
+    long = label(make_sweep(tmp_path, space=weights), {"model.vit.weights": "/a folder/" + "x" * 200}, 12)
+    assert (len(long), long[:18], long[-9:]) == (100, "weights=_a_folder_", "xxseed=12")
 
 
 def test_a_sweep_holds_images_out_even_where_its_base_does_not(tmp_path: Path) -> None:

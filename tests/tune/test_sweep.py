@@ -309,7 +309,7 @@ def test_the_python_call_returns_tunes_results_and_callbacks_write(tmp_path: Pat
     line = next(line for line in done.stdout.splitlines() if line.startswith("errors"))
     overrides = {**best["overrides"], "seed": 0}
     assert line == f"errors 0 trials 2 best {folder / 'trials' / best['trial']} {overrides}"
-    assert "again [('0000-seed=0', 3), ('0001-seed=0', 3)]" in done.stdout
+    assert "again [('0000-kd=1,seed=0', 3), ('0001-kd=2,seed=0', 3)]" in done.stdout
     for trial in document(folder)["trials"]:
         assert list((folder / trial["run"]).glob("events.out.tfevents.*")), "TensorBoard's"
         assert json.loads((folder / trial["run"] / "result.json").read_text())["status"] == "finished"

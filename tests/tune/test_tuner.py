@@ -111,7 +111,7 @@ def test_a_trial_of_the_sweep_is_a_trial_of_tune(tmp_path: Path) -> None:
     """Names, folders, results and values; nothing of Tune's own state is left."""
     run = Run(tmp_path, space={KD: {"grid": [1, 2, 3, 4, 5]}})
     grid = run.execute()
-    names = [f"{n:04d}-seed=0" for n in range(5)]
+    names = [f"{n:04d}-kd={n + 1},seed=0" for n in range(5)]
     assert sorted(Path(result.path).name for result in grid) == names
     by_name = {Path(result.path).name: result for result in grid}
     assert grid.num_errors == 0
@@ -176,7 +176,7 @@ def test_a_new_driver_tells_tune_of_the_trials_that_have_ended(tmp_path: Path) -
     first.execute()
     log = first.sweep.folder / "events.jsonl"
     lines = log.read_text().splitlines(keepends=True)
-    kept = [line for line in lines if json.loads(line).get("id") != "0002-seed=0"]
+    kept = [line for line in lines if json.loads(line).get("id") != "0002-kd=3,seed=0"]
     log.write_text("".join(kept))
     second = Run(tmp_path, space={KD: {"grid": [1, 2, 3]}}, retries=0)
     grid = second.execute()
@@ -184,8 +184,10 @@ def test_a_new_driver_tells_tune_of_the_trials_that_have_ended(tmp_path: Path) -
     by_name = {Path(result.path).name: result for result in grid}
     assert [by_name[name].metrics["epoch"] for name in sorted(by_name)] == [3, 0, 3]
     assert (grid.num_errors, grid.num_terminated) == (1, 2)
-    assert "no luck" in str(by_name["0001-seed=0"].error) or "the last line" in str(by_name["0001-seed=0"].error)
-    assert second.done("0000-seed=0") == "1 2 3", "it was not run again"
+    assert "no luck" in str(by_name["0001-kd=2,seed=0"].error) or "the last line" in str(
+        by_name["0001-kd=2,seed=0"].error
+    )
+    assert second.done("0000-kd=1,seed=0") == "1 2 3", "it was not run again"
 
 
 @pytest.mark.usefixtures("_ray")
@@ -194,7 +196,7 @@ def test_tunes_table_has_the_sweeps_names(tmp_path: Path, capfd: pytest.CaptureF
     work = Work(run.conductor, run.job, Room(run.sweep), {"CPU": 1.0}, False, 0, trainable=Scripted, table=True)
     execute(work, run.sweep.folder, "trials")
     out = capfd.readouterr().out
-    assert "0000-seed=0" in out
+    assert "0000-kd=1,seed=0" in out
     assert "TERMINATED" in out
     assert "folder" not in out, "an actor's order is not spelled out"
 

@@ -15,6 +15,7 @@ from bootvit.models.zoo import check_models
 from tune.spec.domain import Domain
 from tune.spec.schema import Sweep, get
 
+LABEL = 100  # characters of what a trial's name says of it
 Setting = dict[str, Any]  # searched key -> value; only the keys that count there
 Draw = Callable[[str, Domain], Any]
 
@@ -141,17 +142,36 @@ def make_specs(sweep: Sweep, pairs: Sequence[tuple[Setting, int]], first: int) -
     specs: list[Spec] = []
     for setting, seed in pairs:
         group = group_name(sweep, trial_config(sweep, setting, seed))
-        parts = [*(f"{k.split('.')[-1]}={get_value(sweep, setting, k)}" for k in id_keys(sweep)), f"seed={seed}"]
-        label = re.sub(r"[^A-Za-z0-9._=+,-]", "_", ",".join(parts))[:100]
-        specs.append(Spec(f"{first + len(specs):04d}-{label}", group, seed, setting))
+        specs.append(Spec(f"{first + len(specs):04d}-{label(sweep, setting, seed)}", group, seed, setting))
     return specs
 
 
-def id_keys(sweep: Sweep) -> list[str]:
-    """The keys that a trial's name shows: what it is grouped by, as far as that varies."""
-    return [
-        key for key in in_order(sweep.file.space) if key in (*sweep.group_by, sweep.file.fidelity) and key != "seed"
+def label(sweep: Sweep, setting: Setting, seed: int) -> str:
+    """What a trial's name says of it: the values in which trials differ, as far as there is room."""
+    keys = [key for key in differing(sweep) if key in setting]
+    last = [key.split(".")[-1] for key in keys]
+    names = [
+        key.removeprefix("objective.") if last.count(end) > 1 else end for key, end in zip(keys, last, strict=True)
     ]
+    values = [f"{name}={short(setting[key])}" for name, key in zip(names, keys, strict=True)]
+    text = "".join(f"{value}," for value in values)[: LABEL - len(f"seed={seed}")] + f"seed={seed}"
+    return re.sub(r"[^A-Za-z0-9._=+,-]", "_", text)
+
+
+def differing(sweep: Sweep) -> list[str]:
+    """The searched keys with more than one value; those that a population changes are left out."""
+    copied = sweep.file.algorithm == "pbt"
+    return [
+        key
+        for key, domains in ((key, sweep.file.space[key]) for key in in_order(sweep.file.space))
+        if len(domains) > 1 or len(set(map(canonical, domains[0].values))) > 1 or domains[0].when
+        if not (copied and any(domain.kind != "grid" for domain in domains))
+    ]
+
+
+def short(value: Any) -> str:
+    """A value in a name."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def get_value(sweep: Sweep, setting: Setting, key: str) -> Any:
