@@ -42,15 +42,23 @@ COUNTS = {"images": 100_000, "parquet": 1_000, "configs": 700, "sweeps": 300}
 Rng = np.random.Generator
 
 FORMS: tuple[tuple[str, str, dict[str, Any]], ...] = (  # Pillow's format, mode, options
-    *(("JPEG", mode, {"quality": 80, "progressive": progressive}) for mode in ("L", "RGB", "CMYK") for progressive in (False, True)),
+    *(
+        ("JPEG", mode, {"quality": 80, "progressive": progressive})
+        for mode in ("L", "RGB", "CMYK")
+        for progressive in (False, True)
+    ),
     *(("PNG", mode, {}) for mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")),
     *(("GIF", mode, {}) for mode in ("L", "P")),
     *(("BMP", mode, {}) for mode in ("1", "L", "P", "RGB", "RGBA")),
-    *(("TIFF", mode, {"compression": how}) for mode in ("1", "L", "RGB", "CMYK", "I;16", "F") for how in ("raw", "tiff_lzw", "tiff_adobe_deflate")),
+    *(
+        ("TIFF", mode, {"compression": how})
+        for mode in ("1", "L", "RGB", "CMYK", "I;16", "F")
+        for how in ("raw", "tiff_lzw", "tiff_adobe_deflate")
+    ),
     ("TIFF", "RGB", {"compression": "jpeg"}),
     *(("WEBP", mode, {"lossless": lossless}) for mode in ("RGB", "RGBA") for lossless in (False, True)),
     *(("PPM", mode, {}) for mode in ("1", "L", "RGB", "I;16")),
-)  # fmt: skip
+)
 
 
 # ------------------------------------------------------------------------------------------------------- images
@@ -71,7 +79,7 @@ def encoded(rng: Rng) -> bytes:
 
 
 def damaged(data: bytes, rng: Rng) -> bytes:
-    """One to three faults: flipped, cut, zeroed, repeated, inserted, or another file's bytes; rarely in the header only."""
+    """One to three faults: flipped, cut, zeroed, repeated, inserted, or another file's bytes."""
     for _ in range(rng.integers(1, 4)):
         if not data:
             return data
@@ -127,7 +135,9 @@ LABEL_TYPES: tuple[Callable[[Rng, int], pa.Array], ...] = (
     lambda rng, n: pa.array(rng.integers(10**10, 10**11, n)),
     lambda rng, n: pa.array(rng.random(n)),
     lambda rng, n: pa.array(rng.integers(0, 3, n).astype(np.float64)),
-    lambda rng, n: pa.array([["cat", "dog", "emu", "\udcff".encode("utf-8", "replace").decode()][i] for i in rng.integers(0, 4, n)]),
+    lambda rng, n: pa.array(
+        [["cat", "dog", "emu", "\udcff".encode("utf-8", "replace").decode()][i] for i in rng.integers(0, 4, n)]
+    ),
     lambda rng, n: pa.array([["cat", "dog"][i] for i in rng.integers(0, 2, n)]).dictionary_encode(),
     lambda rng, n: pa.array([bool(i) for i in rng.integers(0, 2, n)]),
     lambda rng, n: pa.array([None if i == 0 else int(i) for i in rng.integers(0, 4, n)], pa.int64()),
@@ -135,7 +145,7 @@ LABEL_TYPES: tuple[Callable[[Rng, int], pa.Array], ...] = (
     lambda rng, n: pa.array([[1, 2]] * n),
     lambda rng, n: pa.array([date(2024, 1, 1)] * n),
     lambda rng, n: pa.array([b"\xff\xfe"] * n, pa.binary()),
-)  # fmt: skip
+)
 NAMES = ("label", "labels", "fine_label", "Label", "class", "target", "y", "image_id", "id", "key")
 IMAGE_NAMES = ("image", "img", "picture", "jpg", "bytes")
 
@@ -146,15 +156,20 @@ def odd_table(rng: Rng) -> pa.Table:
     cells = [damaged(encoded(rng), rng) if rng.random() < 0.1 else encoded(rng) for _ in range(n)]
     paths = [f"{i if rng.random() < 0.9 else 0}.png" for i in range(n)]
     layouts: tuple[Callable[[], pa.Array], ...] = (
-        lambda: pa.array([{"bytes": c, "path": p} for c, p in zip(cells, paths, strict=True)], pa.struct([("bytes", pa.binary()), ("path", pa.string())])),
-        lambda: pa.array([{"bytes": c} if i % 5 else None for i, c in enumerate(cells)], pa.struct([("bytes", pa.binary())])),
+        lambda: pa.array(
+            [{"bytes": c, "path": p} for c, p in zip(cells, paths, strict=True)],
+            pa.struct([("bytes", pa.binary()), ("path", pa.string())]),
+        ),
+        lambda: pa.array(
+            [{"bytes": c} if i % 5 else None for i, c in enumerate(cells)], pa.struct([("bytes", pa.binary())])
+        ),
         lambda: pa.array(cells, pa.binary()),
         lambda: pa.array(cells, pa.large_binary()),
         lambda: pa.array([None if i == 1 else c for i, c in enumerate(cells)], pa.binary()),
         lambda: pa.array([c.hex() for c in cells]),
         lambda: pa.nulls(n),
         lambda: pa.array([[c] for c in cells], pa.list_(pa.binary())),
-    )  # fmt: skip
+    )
     columns = {str(rng.choice(IMAGE_NAMES, p=[0.7, 0.1, 0.1, 0.05, 0.05])): layouts[int(rng.integers(len(layouts)))]()}
     columns[str(rng.choice(NAMES))] = LABEL_TYPES[int(rng.integers(len(LABEL_TYPES)))](rng, n)
     for _ in range(rng.integers(3)):
@@ -170,7 +185,13 @@ def odd_metadata(columns: list[str], rng: Rng) -> bytes:
     names = [str(name) for name in rng.permutation(["cat", "dog", "emu"])]
     features: Any = {name: {"_type": "ClassLabel", "names": names} for name in columns}
     choice = rng.integers(6)
-    odd: Any = ({"info": {"features": features}}, {"info": {"features": []}}, {"info": None}, [], {"info": {"features": {columns[-1]: {"names": [1, None]}}}})  # fmt: skip
+    odd: Any = (
+        {"info": {"features": features}},
+        {"info": {"features": []}},
+        {"info": None},
+        [],
+        {"info": {"features": {columns[-1]: {"names": [1, None]}}}},
+    )
     return b"{broken" if choice == 5 else json.dumps(odd[choice]).encode()
 
 
@@ -264,8 +285,8 @@ def one_config(rng: Rng) -> str:
 
 def one_sweep(rng: Rng) -> str:
     """A sweep's file, with its space and its base."""
-    from tune.load import load_sweep
-    from tune.space import check_space
+    from tune.spec.load import load_sweep
+    from tune.spec.space import check_space
 
     return one_yaml(rng, "sweeps", lambda path: check_space(load_sweep(path)))
 

@@ -67,11 +67,12 @@ def sweep(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="print trials, resources and estimated cost")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished sweep")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a sweep of this name first")] = False,
+    retry_failed: Annotated[bool, typer.Option("--retry-failed", help="--resume, and run failed trials again")] = False,
 ) -> int:
     """Run a sweep: its own keys go to the sweep, all others to its base config."""
-    from tune.sweep import run_sweep
+    from tune.run.driver import How, run_sweep
 
-    return run_sweep(sweep, overrides or [], dry_run=dry_run, resume=resume, overwrite=overwrite)
+    return run_sweep(sweep, overrides or [], How(resume, overwrite, retry_failed), dry_run=dry_run)
 
 
 @app.command("eval")

@@ -232,19 +232,12 @@ def start_ray(config: Config) -> None:
     """A Ray on which the run's workers fit; `UserError` if they do not, or if it is not installed."""
     if importlib_missing("ray"):
         raise UserError("Ray is not installed: pip install 'bootvit[ray]', or add --local")
-    import ray
+    from cluster.capacity import check_capacity, live_nodes, may_grow, train_workers
 
-    wanted = config.ray.num_workers * config.ray.cpus_per_worker
-    connect_ray(wanted)
-    there = ray.cluster_resources()
-    if there.get("CPU", 0) < wanted:
-        raise UserError(
-            f"ray.num_workers={config.ray.num_workers} x ray.cpus_per_worker={config.ray.cpus_per_worker} CPUs: "
-            f"the cluster has {there.get('CPU', 0):g}"
-        )
-    if config.ray.use_gpu and there.get("GPU", 0) < config.ray.num_workers:
-        gpus = there.get("GPU", 0)
-        raise UserError(f"ray.use_gpu=true, ray.num_workers={config.ray.num_workers}: the cluster has {gpus:g} GPUs")
+    connect_ray(config.ray.num_workers * config.ray.cpus_per_worker)
+    nodes = live_nodes()
+    if not may_grow(nodes):
+        check_capacity(train_workers(config), nodes, "the cluster")
 
 
 def importlib_missing(name: str) -> bool:

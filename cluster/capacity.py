@@ -1,14 +1,85 @@
-"""Whether a cluster can ever run what is asked: Ray itself would leave it pending for ever, silently."""
+"""Whether a cluster can ever run what is asked: Ray itself would leave it pending for ever, silently.
+
+One check for `train`, `sweep` and `submit`. Ray places a worker whole on one node, and a part of a GPU on one GPU.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from bootvit.errors import UserError
-from cluster.command import Workers
+
+if TYPE_CHECKING:
+    from bootvit.config import Config
+    from tune.spec.schema import Sweep
 
 Node = Mapping[str, float]  # resource -> the node's total of it
+ROUNDING = 1e-9  # ten trials of 0.1 GPU fit on one
+
+
+@dataclass(frozen=True)
+class Workers:
+    """What a command needs at one time, at least: `count` bundles, each on one node."""
+
+    count: int
+    cpus: float
+    gpus: float
+    asked: str  # the keys that ask for it, for the error
+
+
+def train_workers(config: Config) -> Workers:
+    """The workers of a run."""
+    ray = config.ray
+    asked = f"ray.num_workers={ray.num_workers} with ray.cpus_per_worker={ray.cpus_per_worker:g}"
+    if ray.use_gpu:
+        asked += " and ray.use_gpu=true"
+    return Workers(ray.num_workers, ray.cpus_per_worker, float(bool(ray.use_gpu)), asked)
+
+
+def trial_workers(sweep: Sweep) -> Workers:
+    """The workers of one trial; `resources` are those of all of them together."""
+    count = sweep.base.ray.num_workers
+    asked = f"a trial with resources.cpu={sweep.cpus:g} and resources.gpu={sweep.gpus:g} over ray.num_workers={count}"
+    return Workers(count, sweep.cpus / count, sweep.gpus / count, asked)
+
+
+def room(workers: Workers, nodes: Sequence[Node]) -> int:
+    """How many such workers fit on the empty nodes."""
+    return sum(_room(workers, node) for node in nodes)
+
+
+def trials_at_once(sweep: Sweep, nodes: Sequence[Node]) -> int:
+    """How many trials fit on the empty nodes; the workers of one trial may be on several."""
+    workers = trial_workers(sweep)
+    return room(workers, nodes) // workers.count
+
+
+def check_capacity(workers: Workers, nodes: Sequence[Node], where: str) -> None:
+    """Raise `UserError` unless all workers fit on the empty nodes, each worker whole on one node."""
+    fit = room(workers, nodes)
+    if fit < workers.count:
+        have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
+        raise UserError(f"{workers.asked}: {where} has room for {fit} of {workers.count} workers (nodes: {have})")
+
+
+def _room(workers: Workers, node: Node) -> int:
+    """How many of the workers fit on one empty node."""
+    fits = [int(node.get("CPU", 0) / workers.cpus + ROUNDING)] if workers.cpus > 0 else []
+    if workers.gpus > 0:
+        fits.append(_gpu_room(workers.gpus, node.get("GPU", 0)))
+    return min(fits)
+
+
+def _gpu_room(need: float, gpus: float) -> int:
+    """How many workers the GPUs of one node serve: 0.6 of a GPU is on one GPU, and the rest of that is left over."""
+    if need >= 1:
+        return int(gpus / need + ROUNDING)
+    return int(gpus) * int(1 / need + ROUNDING)
+
+
+# ---------------------------------------------------------------------------------------- which nodes there are
 
 
 def known_nodes(status: Mapping[str, Any]) -> list[Node] | None:
@@ -24,16 +95,30 @@ def known_nodes(status: Mapping[str, Any]) -> list[Node] | None:
     return [{name: total for name, (_, total) in node.items()} for node in usage.values()]
 
 
-def check_capacity(workers: Workers, nodes: Sequence[Node], where: str) -> None:
-    """Raise `UserError` unless all workers fit on the empty nodes, each worker whole on one node."""
-    room = sum(_room(workers, node) for node in nodes)
-    if room < workers.count:
-        have = "; ".join(f"{node.get('CPU', 0):g} CPUs, {node.get('GPU', 0):g} GPUs" for node in nodes)
-        raise UserError(f"{workers.asked}: the cluster at {where} has room for {room} of them (nodes: {have})")
+def live_nodes() -> list[Node]:
+    """The nodes of the connected Ray that take work: alive, and not about to be taken away."""
+    import ray
+    from ray._private.state import state
+
+    leaving = state.get_draining_nodes()  # Ray has no public call for it
+    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
-def _room(workers: Workers, node: Node) -> int:
-    """How many of the workers fit on one empty node."""
-    asked = {"CPU": workers.cpus, "GPU": workers.gpus}
-    fits = [int((node.get(name, 0) + 1e-9) // need) for name, need in asked.items() if need > 0]
-    return min([workers.count, *fits])
+def may_grow(nodes: Sequence[Node]) -> bool:
+    """Whether nodes may come to the connected Ray: it has an autoscaler, or no node yet that could do any work."""
+    return not any(node.get("CPU", 0) or node.get("GPU", 0) for node in nodes) or has_autoscaler()
+
+
+def has_autoscaler() -> bool:
+    """Whether an autoscaler looks after the connected Ray; a head that was started by hand has one without types."""
+    import json
+
+    from ray._private.state import state
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    config = state.get_cluster_config()  # the newer autoscaler's
+    if config is not None and config.node_group_configs:
+        return True
+    report = json.loads(_internal_kv_get("__autoscaling_status") or "{}")  # the older one's
+    types = (report.get("autoscaler_report") or {}).get("node_type_mapping") or {}
+    return any(kind != f"node_{node}" for node, kind in types.items())

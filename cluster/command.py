@@ -12,11 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from bootvit.config import (
-    Config,
     find_config,
     load_config,
     merge,
@@ -27,22 +26,10 @@ from bootvit.config import (
     read_layers,
 )
 from bootvit.errors import UserError
-
-if TYPE_CHECKING:
-    from tune.schema import Sweep
+from cluster.capacity import Workers, train_workers, trial_workers
 
 VERBS = ("train", "sweep")
 USAGE = "bootvit submit -- train CONFIG [KEY=VALUE ...], or bootvit submit -- sweep SWEEP [KEY=VALUE ...]"
-
-
-@dataclass(frozen=True)
-class Workers:
-    """What a command needs at one time, at least: `count` bundles, each on one node."""
-
-    count: int
-    cpus: float
-    gpus: float
-    asked: str  # the keys that ask for it, for the error
 
 
 @dataclass(frozen=True)
@@ -91,13 +78,13 @@ class Checked(NamedTuple):
 
 def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
     config = load_config(str(path), overrides)
-    _check_places(_layers(path, overrides), str(path), env)
-    return Checked(config.name, path, _train_workers(config))
+    _check_places(_overridden(read_layers(path), overrides), str(path), env)
+    return Checked(config.name, path, train_workers(config))
 
 
 def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
-    from tune.load import is_own, load_sweep
-    from tune.space import check_space
+    from tune.spec.load import is_own, load_sweep
+    from tune.spec.space import check_space
 
     own = [text for text in overrides if is_own(text)]
     for text in own:
@@ -106,13 +93,15 @@ def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
     sweep = load_sweep(str(path), overrides)
     check_space(sweep)
     base = find_config(sweep.file.base)
-    _check_places(_layers(base, [text for text in overrides if text not in own]), str(base), env)
-    return Checked(sweep.file.name, base, _sweep_workers(sweep))
+    raw = read_layers(base)
+    for key, value in sweep.file.set.items():
+        raw = merge(raw, nest(key, value))
+    _check_places(_overridden(raw, [text for text in overrides if text not in own]), str(base), env)
+    return Checked(sweep.file.name, base, trial_workers(sweep))
 
 
-def _layers(path: Path, overrides: Sequence[str]) -> dict[str, Any]:
-    """A config as it is written, before its places are resolved against this folder."""
-    raw = read_layers(path)
+def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """A config as it is written, before its places are resolved against this folder, with the command's own words."""
     for text in overrides:
         raw = merge(raw, nest(*parse_override(text)))
     return raw
@@ -169,25 +158,6 @@ def _get(tree: dict[str, Any], key: str) -> Any:
     for part in key.split("."):
         node = node.get(part) if isinstance(node, dict) else None
     return node
-
-
-# ------------------------------------------------------------------------------------------------- resources
-
-
-def _train_workers(config: Config) -> Workers:
-    ray = config.ray
-    asked = f"ray.num_workers={ray.num_workers} with ray.cpus_per_worker={ray.cpus_per_worker:g}"
-    if ray.use_gpu:
-        asked += " and ray.use_gpu=true"
-    return Workers(ray.num_workers, ray.cpus_per_worker, float(bool(ray.use_gpu)), asked)
-
-
-def _sweep_workers(sweep: Sweep) -> Workers:
-    """One trial's; `resources` are those of all its workers together."""
-    ray, asked = sweep.base.ray, sweep.file.resources
-    cpus = asked.cpu or ray.num_workers * ray.cpus_per_worker
-    line = f"a trial with {cpus:g} CPUs and {asked.gpu:g} GPUs over ray.num_workers={ray.num_workers}"
-    return Workers(ray.num_workers, cpus / ray.num_workers, asked.gpu / ray.num_workers, line)
 
 
 # ------------------------------------------------------------------------------------------------- files

@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bootvit.errors import RunFailed, UserError
-from cluster.capacity import check_capacity, known_nodes
+from cluster.capacity import Workers, check_capacity, known_nodes
 from cluster.client import connect, dashboard
-from cluster.command import Workers, check_command
+from cluster.command import check_command
 from cluster.logs import follow, say
 from cluster.staging import stage
 
@@ -68,7 +68,7 @@ def send(client: Any, job: Job, url: str, name: str) -> None:
         answer = client._do_request("GET", "/api/cluster_status")  # Ray has no public call for it
         nodes = known_nodes(answer.json()) if answer.status_code == 200 else None
         if nodes is not None:
-            check_capacity(job.workers, nodes, url)
+            check_capacity(job.workers, nodes, f"the cluster at {url}")
     runtime_env = {"working_dir": str(job.folder), "env_vars": dict(job.env)}
     until = time.monotonic() + STARTING_S
     while True:

@@ -14,9 +14,9 @@ from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Learner
 from bootvit.models.zoo import check_batches
 from bootvit.runs import check_storage
-from tune.data import check_data
-from tune.folder import check_folder
-from tune.load import load_sweep
+from tune.run.data import check_data
+from tune.run.folder import check_folder
+from tune.spec.load import load_sweep
 
 
 def at(storage: Path, name: str = "run") -> Config:

@@ -194,7 +194,7 @@ def test_an_address_on_the_command_line_names_its_override(key: str) -> None:
 
 
 def test_an_empty_text_is_a_mistake() -> None:
-    with pytest.raises(UserError, match="data.root is empty; null is none"):
+    with pytest.raises(UserError, match=r"data\.root is empty; null is none"):
         parse_override("data.root=")
 
 

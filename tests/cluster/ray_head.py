@@ -20,7 +20,7 @@ import sys
 from pathlib import Path
 from bootvit.errors import RunFailed, UserError
 from cluster.client import connect, dashboard
-from cluster.command import Workers
+from cluster.capacity import Workers
 from cluster.submit import Job, send, watch
 
 name, entrypoint, folder, cpus = sys.argv[1:]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bootvit.errors import UserError
-from cluster.capacity import check_capacity, known_nodes
-from cluster.command import Workers, check_command, outlives_job
+from cluster.capacity import Workers, check_capacity, known_nodes
+from cluster.command import check_command, outlives_job
 
 GOOD = ["ray.storage_path=/shared/runs", "tracking.uri=http://mlflow:5000"]
 
@@ -75,6 +75,18 @@ def test_tracking_must_outlive_the_job(folder: Path) -> None:
     assert "MLFLOW_TRACKING_URI=mlruns would vanish" in refused(*words, env={"MLFLOW_TRACKING_URI": "mlruns"})
     check_command(words, {"MLFLOW_TRACKING_URI": "http://mlflow:5000"})
     check_command([*words, "tracking.enabled=false"], {})
+
+
+def test_a_sweep_s_own_settings_count_as_they_will_in_the_job(folder: Path) -> None:
+    """`set` is a layer between the base and the command's words: it may give a place, or spoil one."""
+    head = "name: both\nbase: tiny.yaml\nspace: {optim.lr: {grid: [1e-3, 2e-3]}}\n"
+    good = "set: {ray.storage_path: /shared/runs, tracking: {uri: 'http://mlflow:5000'}}\n"
+    (folder / "sweep.yaml").write_text(head + good)
+    assert check_command(["sweep", "sweep.yaml"], {}).name == "both"
+    assert "ray.storage_path=runs would vanish" in refused("sweep", "sweep.yaml", "ray.storage_path=runs")
+    (folder / "sweep.yaml").write_text(head + "set: {data.root: here}\n")
+    assert "data.root=here is relative" in refused("sweep", "sweep.yaml", *GOOD)
+    check_command(["sweep", "sweep.yaml", "data.root=/there", *GOOD], {})
 
 
 def test_a_password_stays_out_of_the_jobs_record(folder: Path) -> None:

@@ -83,7 +83,7 @@ def test_a_taken_id_is_one_line(head: Head) -> None:
 def test_what_the_cluster_does_not_have_is_refused(head: Head) -> None:
     status, _, err = head.run_job("greedy", "true", cpus=3)
     assert status != 0
-    assert "has room for 0 of them (nodes: 2 CPUs, 0 GPUs)" in only_line(err)
+    assert "has room for 0 of 1 workers (nodes: 2 CPUs, 0 GPUs)" in only_line(err)
     assert "greedy" not in head.ray("job", "list", "--address", head.url)
 
 

@@ -15,10 +15,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def command(path: Path, *arguments: str) -> subprocess.Popen[str]:
-    """`bootvit sweep` in the file's folder."""
+def command(path: Path, *arguments: str, address: str | None = None) -> subprocess.Popen[str]:
+    """`bootvit sweep` in the file's folder, on the Ray at `address` or on one of its own."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment.pop("RAY_ADDRESS", None)
+    environment |= {} if address is None else {"RAY_ADDRESS": address}
     return subprocess.Popen(
         [sys.executable, "-m", "bootvit", "sweep", str(path), *arguments],
         cwd=path.parent,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ import pytest
 from tiny_sweeps import Clock, make_conductor, make_sweep, run
 
 from bootvit.errors import RunFailed
-from tune.conductor import Conductor
-from tune.log import Log, Trial
-from tune.record import winners
+from tune.decide.budget import Budget, Spent
+from tune.decide.conductor import Conductor
+from tune.decide.log import Log, Trial, read_events
+from tune.decide.winners import winners
+from tune.spec.schema import BudgetConfig
 
 KD = "objective.vit.kd"
 TWO_GROUPS: dict[str, Any] = {
@@ -113,6 +116,133 @@ def test_the_number_of_crashes_survives_the_driver(tmp_path: Path) -> None:
         assert trial is not None
         conductor.crashed(trial.spec.id, "its worker died")
     assert trial.status == "failed"
+
+
+def test_a_node_that_is_taken_away_costs_no_retry(tmp_path: Path) -> None:
+    """However often; one that dies costs one only if the trial has done nothing since the last did."""
+    conductor = make_conductor(make_sweep(tmp_path, space={KD: {"grid": [1]}}, retries=0))
+    trial = conductor.next()
+    assert trial is not None
+    name = trial.spec.id
+    for _ in range(3):
+        assert conductor.crashed(name, "its node was taken away", "preempted")
+        assert conductor.resume(name)
+    conductor.result(name, 1, 1.0, done=False)
+    assert conductor.crashed(name, "its node has died", "node")
+    assert make_conductor(make_sweep(tmp_path, space={KD: {"grid": [1]}}, retries=0)).trials[name].lost_at == 1
+    conductor = make_conductor(make_sweep(tmp_path, space={KD: {"grid": [1]}}, retries=0))
+    assert conductor.resume(name)
+    conductor.result(name, 2, 1.0, done=False)
+    assert conductor.crashed(name, "its node has died", "node")
+    assert conductor.resume(name)
+    assert not conductor.crashed(name, "its node has died", "node"), "twice in one epoch: its own fault"
+    trial = conductor.trials[name]
+    assert (trial.status, trial.crashes) == ("failed", 1)
+
+
+def test_time_without_events_counts_although_the_driver_is_killed(tmp_path: Path) -> None:
+    """A long epoch and then a SIGKILL: what was written down meanwhile is not lost, and not counted twice."""
+    sweep = make_sweep(tmp_path, space={KD: {"grid": [1]}})
+    clock = Clock()
+    first = make_conductor(sweep, clock)
+    trial = first.next()
+    assert trial is not None
+    first.began(trial.spec.id)
+    for _ in range(100):
+        clock.now += 7
+        first.beat()
+    beats = [e for e in read_events(sweep.folder / "events.jsonl") if e["event"] == "beat"]
+    assert len(beats) == 20
+    second = make_conductor(sweep, Clock())
+    assert second.seconds == 700
+    assert second.trials[trial.spec.id].seconds == 700
+
+
+def test_a_larger_budget_lets_stopped_trials_go_on(tmp_path: Path) -> None:
+    """Also when the driver that was told of it has died at once; those that a scheduler stopped stay stopped."""
+    content = {"space": {KD: {"grid": [1, 2]}}, "budget": {"hours": 1, "at_end": "stop"}}
+    clock = Clock()
+    first = make_conductor(make_sweep(tmp_path, **content), clock)
+    trial = first.next()
+    assert trial is not None
+    clock.now += 3700
+    assert first.result(trial.spec.id, 1, 1.0, done=False)
+    assert (trial.status, trial.stopped_by) == ("stopped", "budget")
+    same = make_conductor(make_sweep(tmp_path, **content))
+    same.reopen(failed=False)
+    assert same.trials[trial.spec.id].status == "stopped"
+    larger = {**content, "budget": {"hours": 2, "at_end": "stop"}}
+    make_conductor(make_sweep(tmp_path, **larger)).reopen(failed=False)
+    again = make_conductor(make_sweep(tmp_path, **larger))
+    run(again, weight)
+    assert statuses(again) == dict.fromkeys(again.trials, "finished")
+    assert list(again.trials[trial.spec.id].values) == [1, 2, 3]
+
+
+def test_failed_trials_are_tried_again_with_all_their_retries(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path, space={KD: {"grid": [1]}}, retries=1)
+    first = make_conductor(sweep)
+    trial = first.next()
+    assert trial is not None
+    first.crashed(trial.spec.id, "no luck")
+    assert first.resume(trial.spec.id)
+    assert not first.crashed(trial.spec.id, "no luck")
+    second = make_conductor(sweep)
+    second.reopen(failed=True)
+    again = second.next()
+    assert again is not None
+    assert (again.crashes, again.reason) == (0, None)
+    assert second.crashed(again.spec.id, "no luck")
+
+
+@pytest.mark.parametrize("algorithm", ["random", "optuna"])
+def test_samples_may_grow(tmp_path: Path, algorithm: str) -> None:
+    """What was drawn stays, and equals the beginning of a sweep that had them all from the start."""
+    space = {KD: {"uniform": [0, 1]}}
+
+    def content(samples: int, name: str = "grown") -> dict[str, Any]:
+        return {"name": name, "space": space, "search": {"algorithm": algorithm, "samples": samples}}
+
+    run(make_conductor(make_sweep(tmp_path, **content(3))), lambda t, e: -t.overrides[KD], epochs=1)
+    grown = make_conductor(make_sweep(tmp_path, **content(5)))
+    run(grown, lambda t, e: -t.overrides[KD], epochs=1)
+    whole = make_conductor(make_sweep(tmp_path, **content(5, "whole")))
+    run(whole, lambda t, e: -t.overrides[KD], epochs=1)
+    assert [t.spec for t in grown.trials.values()] == [t.spec for t in whole.trials.values()]
+    assert statuses(grown) == dict.fromkeys(grown.trials, "finished")
+    assert len(grown.trials) == 5
+
+
+def test_seeds_may_grow(tmp_path: Path) -> None:
+    content = {"space": {KD: {"grid": [1, 2]}}}
+    run(make_conductor(make_sweep(tmp_path, **content, seeds=[0])), weight)
+    grown = make_conductor(make_sweep(tmp_path, **content, seeds=[0, 1]))
+    run(grown, weight)
+    assert [(t.spec.overrides[KD], t.spec.seed) for t in grown.trials.values()] == [(1, 0), (2, 0), (1, 1), (2, 1)]
+    assert statuses(grown) == dict.fromkeys(grown.trials, "finished")
+
+
+def test_the_tests_of_winners_count_in_a_budget(tmp_path: Path) -> None:
+    budget = BudgetConfig(hours=2, gpu_hours=1)
+    spent = Budget(budget, 0.5, Spent(seconds=3600, held=3600 * 2))
+    assert spent.time_spent({}, 0.5) == "budget.gpu_hours=1 are spent"
+    assert Budget(budget, 0.5, Spent(seconds=3600, held=3600)).time_spent({}, 0.5) is None
+    assert Budget(budget, 0.5, Spent(seconds=3600, held=0)).time_spent({}, 1.0) == "budget.hours=2 are spent"
+
+
+def test_thousands_of_samples_of_a_small_space_do_not_recurse(tmp_path: Path) -> None:
+    """Almost all are repeats, which are not run."""
+    search = {"algorithm": "optuna", "sampler": "qmc", "samples": 3000}
+    sweep = make_sweep(tmp_path, space={KD: {"choice": [1, 2, 3]}}, search=search)
+    limit = sys.getrecursionlimit()
+    conductor = make_conductor(sweep)
+    sys.setrecursionlimit(300)
+    try:
+        run(conductor, weight, epochs=1)
+    finally:
+        sys.setrecursionlimit(limit)
+    assert 1 <= len(conductor.trials) <= 3
+    assert sum(e["event"] == "new" for e in read_events(sweep.folder / "events.jsonl")) == 3000
 
 
 def test_a_budget_of_trials_lets_no_more_start(tmp_path: Path) -> None:

@@ -13,10 +13,10 @@ import pytest
 from tiny_sweeps import make_sweep
 
 from bootvit.errors import UserError
-from tune.folder import read_state
-from tune.log import Trial
-from tune.record import Recorder, write
-from tune.space import Spec
+from tune.decide.log import Trial
+from tune.run.folder import read_state
+from tune.spec.space import Spec
+from tune.tell.record import Recorder, write
 
 
 def trials(count: int) -> dict[str, Trial]:
@@ -32,7 +32,9 @@ def rows(count: int) -> Iterator[dict[str, Any]]:
 
 
 def test_the_file_says_what_became_of_every_trial(tmp_path: Path) -> None:
-    sweep = make_sweep(tmp_path, space={"objective.vit.kd": {"grid": [0.0, 1.0, 2.0, 3.0]}})
+    sweep = make_sweep(
+        tmp_path, space={"objective.vit.kd": {"grid": [0.0, 1.0, 2.0, 3.0]}}, resources={"cpu": 2.0, "gpu": 0.5}
+    )
     sweep.folder.mkdir(parents=True)
     known = trials(4)
     known["t0"].status, known["t0"].values, known["t0"].seconds = "finished", {1: 10.0, 3: 30.0}, 2.0
@@ -40,7 +42,7 @@ def test_the_file_says_what_became_of_every_trial(tmp_path: Path) -> None:
     known["t2"].status, known["t2"].reason = "failed", "loss is nan"
     for name in ("t0", "t1", "t2"):
         known[name].started = True
-    recorder = Recorder(sweep, cpus=2.0, gpus=0.5)
+    recorder = Recorder(sweep)
 
     recorder.write(known, "running", 4.0)
     running = json.loads((sweep.folder / "sweep.json").read_text())
@@ -99,7 +101,7 @@ def test_a_file_of_another_version_is_named_with_what_to_do(tmp_path: Path, text
 def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, space={"objective.vit.kd": {"grid": [0.0, 1.0]}})
     sweep.folder.mkdir(parents=True)
-    summary = Recorder(sweep, cpus=1.0, gpus=0.0).write(trials(2), "finished", 1.0)
+    summary = Recorder(sweep).write(trials(2), "finished", 1.0)
     state = read_state(sweep.folder)
     assert len(state.pop("trials")) == 2
     assert state == summary

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +12,13 @@ from tiny_sweeps import make_conductor, make_sweep, run
 from bootvit import checkpoint
 from bootvit.config import load_config
 from bootvit.runs import RunFolder, claim
-from tune.log import Trial
-from tune.pbt import copy_member, mutate
-from tune.schema import Sweep
-from tune.space import trial_config
+from tune.decide.log import Trial
+from tune.decide.population import exchange, mutate
+from tune.decide.search import Told, summary
+from tune.decide.select import WORST
+from tune.run.copying import copy_member
+from tune.spec.schema import Sweep
+from tune.spec.space import Spec, trial_config
 
 KD = "objective.vit.kd"
 OPTUNA: dict[str, Any] = {
@@ -62,6 +66,42 @@ def test_after_a_kill_optuna_suggests_what_it_would_have(tmp_path: Path, sampler
     resumed = make_conductor(sweep)
     run(resumed, near_two, epochs=1)
     assert by_cell(resumed.trials) == by_cell(whole.trials)
+
+
+def test_under_another_version_of_optuna_a_new_study_has_the_trials_that_ended(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What the log says was suggested is not what Optuna says now: the sweep goes on, with what it has learnt."""
+    sweep = make_sweep(tmp_path, **OPTUNA)
+    run(make_conductor(sweep), near_two, epochs=1)
+    log = sweep.folder / "events.jsonl"
+    lines = log.read_text().splitlines(keepends=True)[:70]
+    log.write_text("".join(lines))
+    other = make_sweep(tmp_path, **{**OPTUNA, "search": {**OPTUNA["search"], "seed": 2}})  # it suggests otherwise, too
+    resumed = make_conductor(other)
+    known = dict(by_cell(resumed.trials))
+    studies = resumed._source._studies
+    ended = [t for t in resumed.trials.values() if t.status == "finished"]
+    assert sum(len(study._study.trials) for study in studies) == len(ended) > 15
+    assert {trial.value for study in studies for trial in study._study.trials} == {t.value for t in ended}
+    run(resumed, near_two, epochs=1)
+    found = by_cell(resumed.trials)
+    assert {cell: len(values) for cell, values in found.items()} == {0.05: 14, 0.5: 14}
+    assert all(found[cell][: len(values)] == values for cell, values in known.items())
+    assert "a new study has those that ended" in capsys.readouterr().out
+
+
+def test_optuna_learns_from_seeds_that_were_stopped(tmp_path: Path) -> None:
+    """One seed finished, one was stopped: the setting's value is the mean of both; NaN is the worst that was seen."""
+    trials = [
+        Trial(Spec(str(n), "all", n, {KD: 1.0}), status=s, values={2: v}, epochs=2)
+        for n, (s, v) in enumerate([("finished", 80.0), ("stopped", 20.0)])
+    ]
+    assert summary("x", trials, worst=None) == Told("x", 50.0, None)
+    assert summary("x", trials[1:], worst=None) == Told("x", 20.0, 2)
+    trials[0].values = {2: -WORST}
+    assert summary("x", trials, worst=10.0) == Told("x", 15.0, None)
+    assert summary("x", trials[:1], worst=None) == Told("x", None, None)
 
 
 def test_optuna_judges_a_setting_by_all_its_seeds(tmp_path: Path) -> None:
@@ -195,6 +235,54 @@ def test_a_copy_is_done_once(tmp_path: Path) -> None:
     after = checkpoint.newest(RunFolder(member.run_dir).checkpoints)
     assert after is not None
     assert checkpoint.load(after.path) == {"text": "further"}
+
+
+@pytest.mark.parametrize("at", ["rmtree", "copyfile", "rename"])
+def test_a_copy_that_was_cut_in_the_middle_is_repaired(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, at: str
+) -> None:
+    """A driver that dies at any step of it leaves something that the next one completes."""
+    sweep = make_sweep(tmp_path, **PBT)
+    member, donor = (trial_config(sweep, {KD: value}, 0, name) for value, name in ((0.1, "member"), (5.0, "donor")))
+    for config, text in ((member, "old"), (donor, "good")):
+        folder, _ = claim(config, resume=True, overwrite=False)
+        checkpoint.save(folder.checkpoints, {"text": text}, epoch=2, step=10, final=False)
+    changed = trial_config(sweep, {KD: 6.0}, 0, "member")
+    whole = {"rmtree": (shutil, "rmtree"), "copyfile": (shutil, "copyfile"), "rename": (Path, "rename")}
+    place, name = whole[at]
+    done = getattr(place, name)
+
+    def cut(*arguments: Any, **more: Any) -> None:
+        if at == "rmtree" and more.get("ignore_errors"):
+            return
+        if at == "rmtree":
+            done(*arguments, **more)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, name, cut)
+        with pytest.raises(KeyboardInterrupt):
+            copy_member(member.run_dir, donor.run_dir, changed, 2)
+    copy_member(member.run_dir, donor.run_dir, changed, 2)
+    saved = checkpoint.newest(RunFolder(member.run_dir).checkpoints)
+    assert saved is not None
+    assert checkpoint.load(saved.path) == {"text": "good"}
+    assert load_config(str(member.run_dir / "config.yaml")).objective.vit.kd == 6.0
+
+
+def test_only_values_of_this_round_are_compared(tmp_path: Path) -> None:
+    """A member whose best value is from an earlier round, and that has none in this one, is the worst."""
+    sweep = make_sweep(tmp_path, **{**PBT, "set": {"schedule.epochs": 8}})
+    members = [
+        Trial(Spec(f"m{n}", "all", 0, {KD: 1.0 + n}), epochs=4, values=values)
+        for n, values in enumerate([{2: 99.0}, {3: 5.0}, {4: 6.0}, {4: -WORST}])
+    ]
+    (change,) = exchange(sweep, members, 4)
+    assert change["id"] in ("m0", "m3")
+    assert change["donor"] == "m2"
+    for member in members[3:]:
+        member.values = {4: 1.0}
+    assert exchange(sweep, members, 4)[0]["id"] == "m0"
 
 
 def test_a_copied_member_may_be_resumed_under_its_new_weights(tmp_path: Path) -> None:

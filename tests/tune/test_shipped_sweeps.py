@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from bootvit.config import SHIPPED
-from tune.cluster import check_resources
-from tune.load import load_sweep
-from tune.space import check_space, planned_settings, trial_config
+from tune.run.capacity import check_resources
+from tune.spec.load import load_sweep
+from tune.spec.space import check_space, planned_settings, trial_config
 
 SWEEPS = sorted((SHIPPED / "sweeps").glob("*.yaml"))
 

@@ -8,10 +8,11 @@ from tiny_sweeps import make_sweep, sweep_file
 
 from bootvit.config import SHIPPED
 from bootvit.errors import UserError
-from tune.cluster import check_resources, room
-from tune.load import load_sweep
-from tune.schema import get
-from tune.space import check_space, group_name, make_specs, planned_settings, sample, trial_config
+from cluster.capacity import trials_at_once
+from tune.run.capacity import check_resources
+from tune.spec.load import load_sweep
+from tune.spec.schema import get
+from tune.spec.space import check_space, group_name, label, make_specs, planned_settings, sample, trial_config
 
 KD = "objective.vit.kd"
 
@@ -92,9 +93,9 @@ def test_whole_numbers_reach_both_ends(tmp_path: Path) -> None:
 def test_trials_have_a_seed_a_group_and_a_name(tmp_path: Path) -> None:
     space = {"data.fraction": {"grid": [0.1, 0.5]}, KD: {"grid": [1.0, 2.0]}}
     sweep = make_sweep(tmp_path, space=space, seeds=[3, 4])
-    specs = make_specs(sweep, planned_settings(sweep), 0)
+    specs = make_specs(sweep, [(s, seed) for s in planned_settings(sweep) for seed in sweep.seeds], 0)
     assert [spec.seed for spec in specs] == [3, 4] * 4
-    assert specs[0].id == "0000-fraction=0.1,seed=3"
+    assert specs[0].id == "0000-fraction=0.1,kd=1,seed=3"
     assert specs[0].group == "data.fraction=0.1 method=joint"
     assert len({spec.id for spec in specs}) == 8
     config = trial_config(sweep, specs[-1].overrides, specs[-1].seed, specs[-1].id)
@@ -102,6 +103,16 @@ def test_trials_have_a_seed_a_group_and_a_name(tmp_path: Path) -> None:
     assert config.run_dir == sweep.folder / "trials" / specs[-1].id
     by_seed = make_sweep(tmp_path, space=space, group_by=["seed"])
     assert group_name(by_seed, config) == "seed=4"
+
+
+def test_a_name_shows_the_values_that_differ(tmp_path: Path) -> None:
+    """Not those that are the same in all trials; two keys with one ending are told apart; the seed is always there."""
+    space = {KD: {"loguniform": [0.1, 1]}, "objective.agent.kd": {"grid": [1, 2]}, "optim.lr": {"grid": [0.001]}}
+    setting = {KD: 0.123456, "objective.agent.kd": 2, "optim.lr": 0.001}
+    assert label(make_sweep(tmp_path, space=space), setting, 7) == "vit.kd=0.1235,agent.kd=2,seed=7"
+    weights = {"model.vit.weights": {"grid": ["/a folder/" + "x" * 200, "b"]}}
+    long = label(make_sweep(tmp_path, space=weights), {"model.vit.weights": "/a folder/" + "x" * 200}, 12)
+    assert (len(long), long[:18], long[-9:]) == (100, "weights=_a_folder_", "xxseed=12")
 
 
 def test_a_sweep_holds_images_out_even_where_its_base_does_not(tmp_path: Path) -> None:
@@ -162,6 +173,27 @@ def test_files_extend_one_another_and_a_base_is_relative_to_its_file(tmp_path: P
             {"space": {KD: {"grid": [1]}}, "scheduler": {"name": "asha", "grace_epochs": 4}},
             ["grace_epochs=4", "epochs=3"],
         ),
+        (
+            {
+                "space": {KD: {"grid": [1]}},
+                "scheduler": {"name": "asha", "grace_epochs": 3},
+                "set": {"schedule.epochs": 8, "schedule.eval_every": 2},
+            },
+            ["grace_epochs=3", "eval_every=2", "such as 4"],
+        ),
+        (
+            {
+                "space": {KD: {"uniform": [0, 1]}},
+                "search": {"algorithm": "pbt", "samples": 4, "interval": 2},
+                "set": {"schedule.epochs": 8, "schedule.eval_every": 3},
+            },
+            ["search.interval=2", "eval_every=3", "3 or more"],
+        ),
+        (
+            {"space": {KD: {"grid": [1]}}, "select": {"metric": "held_out.vit.loss", "mode": "max"}},
+            ["mode=max", "smaller loss"],
+        ),
+        ({"space": {KD: {"grid": [1]}}, "callbacks": ["no colon"]}, ["callbacks"]),
         ({"space": {KD: {"grid": [1]}}, "set": {KD: 1}}, ["set.objective.vit.kd"]),
         ({"space": {KD: {"grid": [1]}}, "set": {"optim.lrr": 1}}, ["optim.lrr", "optim.lr"]),
         ({"space": {KD: {"grid": [1]}}, "resources": {"gpu": 1.5}}, ["resources.gpu=1.5"]),
@@ -205,16 +237,18 @@ def test_the_ends_of_ranges_are_checked_in_every_cell(tmp_path: Path) -> None:
         ([{"CPU": 3.0, "GPU": 2.0}], 0.5, 1, 3),
         ([{"CPU": 1.0}, {"CPU": 1.0}], 0, 2, 0),
         ([{"CPU": 4.0}], 0, 0.5, 8),
+        ([{"CPU": 8.0, "GPU": 4.0}], 0.6, 1, 4),
+        ([{"CPU": 32.0, "GPU": 2.0}], 0.1, 1, 20),
     ],
 )
 def test_how_many_trials_fit(
     tmp_path: Path, nodes: list[dict[str, float]], gpu: float, cpu: float, expected: int
 ) -> None:
     sweep = make_sweep(tmp_path, space={KD: {"grid": [1]}}, resources={"cpu": cpu, "gpu": gpu})
-    assert room(sweep, nodes) == expected
+    assert trials_at_once(sweep, nodes) == expected
 
 
 def test_the_workers_of_a_trial_may_be_on_several_nodes(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path, space={KD: {"grid": [1]}}, set={"ray.num_workers": 2})
-    assert room(sweep, [{"CPU": 1.0}, {"CPU": 1.0}]) == 1
-    assert room(sweep, [{"CPU": 5.0}]) == 2
+    assert trials_at_once(sweep, [{"CPU": 1.0}, {"CPU": 1.0}]) == 1
+    assert trials_at_once(sweep, [{"CPU": 5.0}]) == 2

@@ -6,14 +6,17 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from sweep_driver import command, document, finish, kill, mlflow_points, outcome, wait_for_events
-from tiny_sweeps import sweep_file
+from sweep_driver import ROOT, command, document, finish, kill, mlflow_points, outcome, wait_for_events
+from tiny_sweeps import make_sweep, sweep_file
 
 from bootvit.__main__ import main
+from bootvit.errors import UserError
 
 KD = "objective.vit.kd"
 
@@ -276,3 +279,55 @@ def test_a_kill_while_the_winners_are_tested(tmp_path: Path, test: str) -> None:
 def has_test(points: list[tuple[str, int, float]]) -> bool:
     """Whether a run in MLflow says how it did on the test set."""
     return any(re.fullmatch(r"final/(vit|agent)/top1", key) for key, _, _ in points)
+
+
+PYTHON_CALL = """
+import sys
+import bootvit
+assert "ray" not in sys.modules
+from tensorboardX import SummaryWriter
+grid = bootvit.sweep(sys.argv[1], ["search.seed=0"])
+best = grid.get_best_result(metric="value", mode="max")
+print("errors", grid.num_errors, "trials", len(grid), "best", best.path, best.config)
+again = bootvit.sweep(sys.argv[1], resume=True)
+print("again", sorted((r.metrics["trial"], r.metrics["epoch"]) for r in again))
+"""
+
+
+@pytest.mark.cluster
+def test_the_python_call_returns_tunes_results_and_callbacks_write(tmp_path: Path) -> None:
+    """A ResultGrid with every trial by name and folder, also of a finished sweep; TensorBoard's files in the runs."""
+    path = sweep_file(
+        tmp_path, space={KD: {"grid": [1, 2]}}, callbacks=["ray.tune.logger:TBXLoggerCallback"], concurrency=1
+    )
+    words = [sys.executable, "-c", PYTHON_CALL, str(path)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    folder = tmp_path / "runs" / "sweep"
+    (best,) = document(folder)["best"].values()
+    line = next(line for line in done.stdout.splitlines() if line.startswith("errors"))
+    overrides = {**best["overrides"], "seed": 0}
+    assert line == f"errors 0 trials 2 best {folder / 'trials' / best['trial']} {overrides}"
+    assert "again [('0000-kd=1,seed=0', 3), ('0001-kd=2,seed=0', 3)]" in done.stdout
+    for trial in document(folder)["trials"]:
+        assert list((folder / trial["run"]).glob("events.out.tfevents.*")), "TensorBoard's"
+        assert json.loads((folder / trial["run"] / "result.json").read_text())["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nowhere.at.all:Thing", "No module named"),
+        ("ray.tune.logger:Nothing", "has no Nothing"),
+        ("ray.tune.logger:JsonLoggerCallback", "result.json"),
+        ("pathlib:Path", "no ray.tune.Callback"),
+    ],
+)
+def test_a_callback_that_is_none_is_one_line(tmp_path: Path, name: str, words: str) -> None:
+    from tune.run.callbacks import make_callbacks
+
+    with pytest.raises(UserError, match=words) as caught:
+        make_callbacks(make_sweep(tmp_path, space={KD: {"grid": [1]}}, callbacks=[name]), ())
+    assert str(tmp_path / "sweep.yaml") in str(caught.value)
+    assert "\n" not in str(caught.value)

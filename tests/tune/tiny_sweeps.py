@@ -5,13 +5,13 @@ from typing import Any
 
 import yaml
 
-from tune.budget import Budget
-from tune.conductor import Conductor
-from tune.groups import Stopper
-from tune.load import load_sweep
-from tune.log import Log, Trial
-from tune.schema import Sweep
-from tune.search import make_source
+from tune.decide.budget import Budget
+from tune.decide.conductor import Conductor
+from tune.decide.log import Log, Trial
+from tune.decide.search import make_source
+from tune.decide.stopping import Stopper
+from tune.spec.load import load_sweep
+from tune.spec.schema import Sweep
 
 TINY_RUN = {
     "model.vit.width": 18,

@@ -6,9 +6,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bootvit.config import Config, override
-from tune.log import Event, Trial, Trials, spec_event
-from tune.schema import BudgetConfig, SchedulerConfig, SearchConfig, Sweep
-from tune.space import Spec
+from tune.decide.log import Event, Trial, Trials, spec_event
+from tune.decide.select import Score, scores
+from tune.spec.schema import BudgetConfig, SchedulerConfig, SearchConfig, Sweep
+from tune.spec.space import Spec, get_value
+
+
+def winners(sweep: Sweep, trials: Trials) -> dict[str, Score]:
+    """The best setting of every group; with a fidelity only the largest fraction's trials can win."""
+    groups: dict[str, list[Trial]] = {}
+    key = sweep.file.fidelity
+    top = max(sweep.file.space[key][0].values) if key else None
+    for trial in trials.values():
+        if key is None or get_value(sweep, trial.spec.overrides, key) == top:
+            groups.setdefault(trial.spec.group, []).append(trial)
+    ranked = {group: scores(sweep, members) for group, members in groups.items()}
+    return {group: found[0] for group, found in ranked.items() if found}
 
 
 class Chosen:

@@ -12,7 +12,8 @@ from bootvit.errors import UserError
 from bootvit.loop import check_evaluable
 from bootvit.models.zoo import check_batches
 from bootvit.weights import check_weights
-from tune.schema import Sweep
+from tune.spec.schema import Sweep
+from tune.tell.dry_run import Planned
 
 
 class Facts(NamedTuple):
@@ -37,6 +38,12 @@ def _facts(text: str) -> Facts:
 def fingerprints(data: DataConfig) -> Facts:
     """The facts of a data section."""
     return _facts(Config(data=data).model_dump_json())
+
+
+def plan(configs: Iterable[Config]) -> list[Planned]:
+    """The configs with what the dry run's estimate needs of their data."""
+    found = ((config, fingerprints(config.data)) for config in configs)
+    return [Planned(config, facts.images, facts.classes) for config, facts in found]
 
 
 def check_data(sweep: Sweep, configs: Iterable[Config]) -> None:

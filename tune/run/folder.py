@@ -12,18 +12,23 @@ from bootvit import checkpoint
 from bootvit.config import flatten, parse_yaml
 from bootvit.errors import UserError
 from bootvit.runs import FREE_ON_RESUME, check_storage
-from tune.schema import Sweep
+from tune.spec.schema import Sweep
+from tune.tell.record import asked
 
 State = Literal["absent", "unfinished", "finished"]
 STATE_KEYS = {"status", "reason", "counts", "cost", "best", "trials"}
-FREE = ("sweep.base", "sweep.concurrency", "sweep.resources.", "sweep.budget.", "sweep.retries")
+FREE = (
+    *("sweep.base", "sweep.concurrency", "sweep.resources.", "sweep.budget.", "sweep.retries"),
+    *("sweep.trial_timeout", "sweep.callbacks", "sweep.progress"),
+)
 
 
-def check_folder(sweep: Sweep, *, resume: bool, overwrite: bool) -> State:
+def check_folder(sweep: Sweep, *, resume: bool, overwrite: bool, retry_failed: bool = False) -> State:
     """What is there under the sweep's name; `UserError` where going on would destroy or mix something."""
     path = sweep.folder
     check_storage(sweep.base.model_copy(update={"name": sweep.file.name}))
-    state = folder_state(sweep)
+    resume = resume or retry_failed
+    state = folder_state(sweep, retry_failed=retry_failed)
     if state != "absent" and not (resume or overwrite):
         raise UserError(f"{path}: a sweep of this name exists ({state}): --resume, --overwrite, or name=… for another")
     if state == "absent" and path.exists() and any(not child.name.startswith(".") for child in path.iterdir()):
@@ -45,16 +50,18 @@ def claim_folder(sweep: Sweep, state: State) -> None:
     checkpoint.write_atomic(path / "sweep.yaml", text.encode())
 
 
-def folder_state(sweep: Sweep) -> State:
-    """A finished sweep whose budget left trials out may go on with a larger one, so it counts as unfinished then."""
+def folder_state(sweep: Sweep, *, retry_failed: bool) -> State:
+    """A finished sweep counts as unfinished where there is more to do: what the file asks for has grown, a winner
+    could not be tested, or trials that failed are to be tried again.
+    """
     path = sweep.folder
     if not (path / "sweep.yaml").exists():
         return "absent"
     if not (path / "sweep.json").exists():
         return "unfinished"
     document = read_state(path)
-    left_out = document["counts"].get("not_run", 0) > 0
-    more = left_out and read_resolved(sweep)["sweep"]["budget"] != resolved(sweep)["sweep"]["budget"]
+    more = document.get("asked") != asked(sweep) or document["reason"]
+    more = more or (retry_failed and document["counts"].get("failed", 0) > 0)
     return "finished" if document["status"] == "finished" and not more else "unfinished"
 
 
@@ -80,7 +87,7 @@ def read_resolved(sweep: Sweep) -> dict[str, Any]:
 
 
 def check_same_sweep(sweep: Sweep) -> None:
-    """Refuse to go on with a sweep that would compute something else."""
+    """Refuse to go on with a sweep that would compute something else; more samples or seeds are no such thing."""
     before = read_resolved(sweep)
     was = {**flat(before["sweep"], "sweep."), **flat(before["base"], "base.")}
     now = {
@@ -89,11 +96,21 @@ def check_same_sweep(sweep: Sweep) -> None:
     }
     for key in sorted({*was, *now}):
         free = key.startswith(FREE) or key.removeprefix("base.").startswith(FREE_ON_RESUME)
-        if was.get(key) != now.get(key) and not free:
-            name, then = key.removeprefix("sweep."), was.get(key)
-            raise UserError(
-                f"{sweep.folder}: cannot resume with {name}={now.get(key)}: it was started with {name}={then}"
-            )
+        if was.get(key) == now.get(key) or free or grows(sweep, key, was.get(key), now.get(key)):
+            continue
+        name, then = key.removeprefix("sweep."), was.get(key)
+        raise UserError(f"{sweep.folder}: cannot resume with {name}={now.get(key)}: it was started with {name}={then}")
+
+
+def grows(sweep: Sweep, key: str, was: Any, now: Any) -> bool:
+    """Whether a sweep can take up a larger number: all of what it has done stays part of it."""
+    plain = sweep.file.algorithm in ("grid", "random") and not sweep.file.fidelity
+    if key == "sweep.search.samples":
+        return (plain or sweep.file.suggests) and now > was
+    if key == "sweep.seeds":
+        old, new = was or [sweep.base.seed], now or [sweep.base.seed]
+        return plain and new[: len(old)] == old
+    return False
 
 
 def flat(node: dict[str, Any], prefix: str) -> dict[str, Any]:

@@ -22,8 +22,8 @@ from bootvit.config import (
     validate,
 )
 from bootvit.errors import UserError
-from tune.domain import DOMAINS, Domain
-from tune.schema import Sweep, SweepFile
+from tune.spec.domain import DOMAINS, Domain
+from tune.spec.schema import Sweep, SweepFile
 
 FORBIDDEN = {
     "name": "every trial has its own name",

@@ -12,9 +12,10 @@ from typing import Any
 from bootvit.config import Config, merge, nest, validate
 from bootvit.errors import UserError
 from bootvit.models.zoo import check_models
-from tune.domain import Domain
-from tune.schema import Sweep, get
+from tune.spec.domain import Domain
+from tune.spec.schema import Sweep, get
 
+LABEL = 100  # characters of what a trial's name says of it
 Setting = dict[str, Any]  # searched key -> value; only the keys that count there
 Draw = Callable[[str, Domain], Any]
 
@@ -126,26 +127,51 @@ def distinct(sweep: Sweep, every: Iterator[Setting]) -> list[Setting]:
     return list(seen.values())
 
 
+def count_trials(sweep: Sweep) -> int:
+    """How many trials there are at most."""
+    if sweep.file.suggests:
+        return sweep.file.search.samples * len(list(settings(sweep, None))) * len(sweep.seeds)
+    return len(planned_settings(sweep)) * len(sweep.seeds)
+
+
 # -------------------------------------------------------------------------------------------------- trials
 
 
-def make_specs(sweep: Sweep, chosen: Sequence[Setting], first: int, seeds: Sequence[int] | None = None) -> list[Spec]:
+def make_specs(sweep: Sweep, pairs: Sequence[tuple[Setting, int]], first: int) -> list[Spec]:
     """A trial for each setting and seed, numbered from `first`."""
     specs: list[Spec] = []
-    for setting in chosen:
-        for seed in seeds or sweep.seeds:
-            group = group_name(sweep, trial_config(sweep, setting, seed))
-            parts = [*(f"{k.split('.')[-1]}={get_value(sweep, setting, k)}" for k in id_keys(sweep)), f"seed={seed}"]
-            label = re.sub(r"[^A-Za-z0-9._=+,-]", "_", ",".join(parts))[:100]
-            specs.append(Spec(f"{first + len(specs):04d}-{label}", group, seed, setting))
+    for setting, seed in pairs:
+        group = group_name(sweep, trial_config(sweep, setting, seed))
+        specs.append(Spec(f"{first + len(specs):04d}-{label(sweep, setting, seed)}", group, seed, setting))
     return specs
 
 
-def id_keys(sweep: Sweep) -> list[str]:
-    """The keys that a trial's name shows: what it is grouped by, as far as that varies."""
-    return [
-        key for key in in_order(sweep.file.space) if key in (*sweep.group_by, sweep.file.fidelity) and key != "seed"
+def label(sweep: Sweep, setting: Setting, seed: int) -> str:
+    """What a trial's name says of it: the values in which trials differ, as far as there is room."""
+    keys = [key for key in differing(sweep) if key in setting]
+    last = [key.split(".")[-1] for key in keys]
+    names = [
+        key.removeprefix("objective.") if last.count(end) > 1 else end for key, end in zip(keys, last, strict=True)
     ]
+    values = [f"{name}={short(setting[key])}" for name, key in zip(names, keys, strict=True)]
+    text = "".join(f"{value}," for value in values)[: LABEL - len(f"seed={seed}")] + f"seed={seed}"
+    return re.sub(r"[^A-Za-z0-9._=+,-]", "_", text)
+
+
+def differing(sweep: Sweep) -> list[str]:
+    """The searched keys with more than one value; those that a population changes are left out."""
+    copied = sweep.file.algorithm == "pbt"
+    return [
+        key
+        for key, domains in ((key, sweep.file.space[key]) for key in in_order(sweep.file.space))
+        if len(domains) > 1 or len(set(map(canonical, domains[0].values))) > 1 or domains[0].when
+        if not (copied and any(domain.kind != "grid" for domain in domains))
+    ]
+
+
+def short(value: Any) -> str:
+    """A value in a name."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def get_value(sweep: Sweep, setting: Setting, key: str) -> Any:
@@ -194,7 +220,7 @@ def check_space(sweep: Sweep) -> list[Config]:
 
 def trial_settings(sweep: Sweep) -> Iterator[Setting]:
     """The settings that `check_space` looks at."""
-    if sweep.file.algorithm != "optuna":
+    if not sweep.file.suggests:
         yield from planned_settings(sweep)
     for _, domain in sweep.file.domains:
         if domain.kind == "grid":
@@ -211,10 +237,21 @@ def _check_model(sweep: Sweep, config: Config) -> None:
 
 
 def _check_selection(sweep: Sweep, config: Config) -> None:
-    grace = sweep.file.scheduler.grace_epochs
-    if sweep.file.scheduler.name == "asha" and grace > config.schedule.epochs:
+    """Refuse decisions at epochs that are not evaluated."""
+    grace, name = sweep.file.scheduler.grace_epochs, sweep.file.scheduler.name
+    every, total = config.schedule.eval_every, config.schedule.epochs
+    if name != "none" and grace > total:
+        raise UserError(f"{sweep.path}: scheduler.grace_epochs={grace} is more than schedule.epochs={total}")
+    if name != "none" and grace % every:
         raise UserError(
-            f"{sweep.path}: scheduler.grace_epochs={grace} is more than schedule.epochs={config.schedule.epochs}"
+            f"{sweep.path}: scheduler.grace_epochs={grace}: no evaluation is there with schedule.eval_every={every}: "
+            f"set grace_epochs to a multiple of it, such as {every * (grace // every + 1)}"
+        )
+    interval = sweep.file.search.interval
+    if sweep.file.algorithm == "pbt" and interval < min(every, total):
+        raise UserError(
+            f"{sweep.path}: search.interval={interval}: members cannot be compared after so many epochs, because they "
+            f"are evaluated every schedule.eval_every={every}: set interval to {every} or more"
         )
 
 

@@ -3,9 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
-from tune.log import Trials
-from tune.schema import BudgetConfig
+from tune.decide.log import Trials
+from tune.spec.schema import BudgetConfig
+
+
+class Spent(NamedTuple):
+    """What counts beside the trials: the winners' tests by earlier drivers."""
+
+    seconds: float = 0.0  # of the drivers
+    held: float = 0.0  # seconds in which tests held their resources
+
+
+NOTHING = Spent()
 
 
 @dataclass(frozen=True)
@@ -14,6 +25,7 @@ class Budget:
 
     config: BudgetConfig
     gpus: float  # of one trial
+    tests: Spent = NOTHING
 
     def spent(self, trials: Trials, hours: float) -> str | None:
         """Why no new trial may start after so many hours of the driver's time; None if one may."""
@@ -24,9 +36,10 @@ class Budget:
 
     def time_spent(self, trials: Trials, hours: float) -> str | None:
         """Which limit of time is reached; None if none is."""
-        if self.config.hours is not None and hours >= self.config.hours:
+        if self.config.hours is not None and hours + self.tests.seconds / 3600 >= self.config.hours:
             return f"budget.hours={self.config.hours:g} are spent"
-        gpu_hours = sum(trial.seconds for trial in trials.values()) * self.gpus / 3600
+        held = sum(trial.seconds for trial in trials.values()) + self.tests.held
+        gpu_hours = held * self.gpus / 3600
         if self.config.gpu_hours is not None and gpu_hours >= self.config.gpu_hours:
             return f"budget.gpu_hours={self.config.gpu_hours:g} are spent"
         return None

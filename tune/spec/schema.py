@@ -3,37 +3,55 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from bootvit.config import Config, Positive, Section
-from tune.domain import Domain
+from tune.spec.domain import Domain
 
 METRIC = r"^held_out\.(vit|agent)\.(top1|top5|loss)$"
+
+
+OWN = ("grid", "random", "pbt")  # algorithms that know their trials at the start
+TUNES = ("ax", "bayesopt", "bohb", "hebo", "hyperopt", "nevergrad", "zoopt")  # Ray Tune's names of its searchers
 
 
 class SearchConfig(Section):
     """How settings are chosen."""
 
-    algorithm: Literal["grid", "random", "optuna", "pbt"] | None = Field(
-        None, description="null: grid if every key is a grid, else random"
+    algorithm: str | None = Field(
+        None,
+        description="grid, random, optuna, pbt; one of Ray Tune's searchers by its name, or its module:Class, if it "
+        "takes a seed; null: grid if every key is a grid, else random",
     )
     samples: int = Field(1, ge=1, description="settings drawn for each cell of the grid; pbt: size of a population")
     seed: int = Field(0, ge=0, lt=2**32)
-    sampler: Literal["tpe", "gp", "qmc"] = Field("tpe", description="Optuna's")
+    sampler: Literal["tpe", "gp", "qmc"] = Field("tpe", description="of algorithm optuna")
     interval: int = Field(1, ge=1, description="pbt: epochs between two exchanges")
     quantile: float = Field(0.25, gt=0, le=0.5, description="pbt: share of members that copy a better one")
+
+    @field_validator("algorithm")
+    @classmethod
+    def _known(cls, value: str | None) -> str | None:
+        names = (*OWN, "optuna", *TUNES)
+        if value is None or value in names or re.fullmatch(r"[\w.]+:\w+", value):
+            return value
+        near = get_close_matches(value, names, n=1)
+        hint = f", did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"unknown algorithm {value!r}{hint}; known: {', '.join(names)}, or module:Class of a searcher")
 
 
 class SchedulerConfig(Section):
     """Which running trials are stopped early; only trials of one group are compared."""
 
-    name: Literal["asha", "none"] = "none"
+    name: Literal["asha", "hyperband", "median", "none"] = "none"
     grace_epochs: int = Field(1, ge=1, description="no trial is stopped before it has done so many epochs")
-    reduction: float = Field(3, gt=1, description="one trial in so many goes on at every rung")
+    reduction: float = Field(3, gt=1, description="one trial in so many goes on at every rung (not of median)")
 
 
 class SelectConfig(Section):
@@ -42,7 +60,18 @@ class SelectConfig(Section):
     metric: Annotated[str, Field(pattern=METRIC)] = Field(
         "held_out.vit.top1", description="of a trial that trains only the other network: that one's"
     )
-    mode: Literal["max", "min"] = "max"
+    mode: Literal["max", "min"] | None = Field(None, description="null: min for a loss, else max")
+
+    @model_validator(mode="after")
+    def _loss_is_small(self) -> Self:
+        if self.mode == "max" and self.metric.endswith(".loss"):
+            raise ValueError(f"mode=max with metric={self.metric}: a smaller loss is better; leave mode out")
+        return self
+
+    @property
+    def best(self) -> Literal["max", "min"]:
+        """`mode`, or what the metric asks for."""
+        return self.mode or ("min" if self.metric.endswith(".loss") else "max")
 
 
 class ResourcesConfig(Section):
@@ -83,6 +112,15 @@ class SweepFile(Section):
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
     retries: int = Field(2, ge=0, description="of a trial that crashes, from its checkpoint")
+    trial_timeout: Positive | None = Field(
+        None, description="seconds; a trial that reports nothing for so long (an epoch, start-up included) has crashed"
+    )
+    callbacks: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = Field(
+        (), description="module:Class of Ray Tune's callbacks, such as ray.tune.logger:TBXLoggerCallback"
+    )
+    progress: Literal["lines", "table"] = Field(
+        "lines", description="on the terminal: a line a trial, or Tune's table too"
+    )
     test: Literal["trial", "retrain"] = Field("trial", description="how the winners meet the test set, once")
 
     @field_validator("scheduler", mode="before")
@@ -107,7 +145,7 @@ class SweepFile(Section):
             for key, domain in self.domains:
                 if domain.kind != "grid":
                     raise ValueError(f"search.algorithm=grid, but space.{key} is {domain.kind}: use grid, or random")
-        if self.algorithm in ("optuna", "pbt") and all(d.kind == "grid" for _, d in self.domains):
+        if (self.suggests or self.algorithm == "pbt") and all(d.kind == "grid" for _, d in self.domains):
             raise ValueError(f"search.algorithm={self.algorithm} has nothing to choose: every key of space is a grid")
         if self.algorithm == "pbt":
             self._check_pbt()
@@ -124,7 +162,7 @@ class SweepFile(Section):
             raise ValueError(
                 f"fidelity={key}: small fractions are rungs for the largest, so they cannot be in group_by"
             )
-        if self.algorithm in ("optuna", "pbt"):
+        if self.suggests or self.algorithm == "pbt":
             raise ValueError(f"fidelity={key} works with search.algorithm grid or random, not {self.algorithm}")
 
     def _check_pbt(self) -> None:
@@ -145,6 +183,11 @@ class SweepFile(Section):
         only_grids = all(domain.kind == "grid" for _, domain in self.domains)
         return self.search.algorithm or ("grid" if only_grids else "random")
 
+    @property
+    def suggests(self) -> bool:
+        """Whether a searcher is asked for settings, one after another."""
+        return self.algorithm not in OWN
+
 
 @dataclass(frozen=True)
 class Sweep:
@@ -163,6 +206,16 @@ class Sweep:
     def seeds(self) -> tuple[int, ...]:
         """The seeds of every setting."""
         return self.file.seeds or (self.base.seed,)
+
+    @property
+    def cpus(self) -> float:
+        """CPUs of one trial, all its workers together."""
+        return float(self.file.resources.cpu or self.base.ray.num_workers * self.base.ray.cpus_per_worker)
+
+    @property
+    def gpus(self) -> float:
+        """GPUs of one trial, all its workers together."""
+        return self.file.resources.gpu
 
     @property
     def group_by(self) -> tuple[str, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from bootvit import checkpoint
 from bootvit.errors import RunFailed, UserError, naming
-from tune.space import Setting, Spec
+from tune.spec.space import Setting, Spec
 
 Event = dict[str, Any]
 Status = Literal["waiting", "running", "finished", "stopped", "failed"]
@@ -61,8 +61,10 @@ class Trial:
     spec: Spec
     status: Status = "waiting"
     started: bool = False  # ever
-    crashes: int = 0
+    crashes: int = 0  # that spent a retry
+    lost_at: int | None = None  # epochs done when it last lost its node
     reason: str | None = None
+    stopped_by: str | None = None  # scheduler or budget
     epochs: int = 0
     values: dict[int, float] = field(default_factory=dict)  # epochs done -> selection metric
     seconds: float = 0.0  # in which it held its resources, over all attempts

@@ -12,11 +12,11 @@ from typing import Any
 
 from bootvit import checkpoint
 from bootvit.tracking import read_journal
-from tune.fidelity import curves
-from tune.log import ENDED, Trial, Trials
-from tune.schema import Sweep
-from tune.select import Score, scores
-from tune.space import get_value
+from tune.decide.log import ENDED, Trial, Trials
+from tune.decide.select import Score
+from tune.decide.winners import winners
+from tune.spec.schema import Sweep
+from tune.tell.curves import curves
 
 Document = dict[str, Any]
 NETWORKS = ("vit", "agent")
@@ -25,11 +25,12 @@ NETWORKS = ("vit", "agent")
 class Recorder:
     """Writes the document; what a trial that has ended left on disk is read once."""
 
-    def __init__(self, sweep: Sweep, cpus: float, gpus: float) -> None:
-        self._sweep, self._cpus, self._gpus = sweep, cpus, gpus
+    def __init__(self, sweep: Sweep) -> None:
+        self._sweep, self._cpus, self._gpus = sweep, sweep.cpus, sweep.gpus
         self._held_out: dict[str, Any] = {}
         self.final: dict[str, Any] = {}  # trial -> its test accuracy
         self.test_runs: dict[str, str] = {}  # trial -> the run that met the test set
+        self.tests_seconds = 0.0  # in which the winners' tests held their resources
 
     def write(self, trials: Trials, status: str, seconds: float, reason: str | None = None) -> Document:
         """Replace sweep.json as a whole, a row at a time; returns it without its list of trials."""
@@ -38,8 +39,9 @@ class Recorder:
             "name": self._sweep.file.name,
             "status": status,
             "reason": reason,
-            "select": self._sweep.file.select.model_dump(mode="json"),
+            "select": {"metric": self._sweep.file.select.metric, "mode": self._sweep.file.select.best},
             "resources": {"cpu": self._cpus, "gpu": self._gpus},
+            "asked": asked(self._sweep),
             "group_by": list(self._sweep.group_by),
             "seconds": round(seconds, 3),
             "cost": self._cost(trials),
@@ -51,7 +53,7 @@ class Recorder:
         return summary
 
     def _cost(self, trials: Trials) -> dict[str, float]:
-        seconds = sum(trial.seconds for trial in trials.values())
+        seconds = sum(trial.seconds for trial in trials.values()) + self.tests_seconds
         return {"seconds": round(seconds, 3), **self._shares(seconds)}
 
     def _shares(self, seconds: float) -> dict[str, float]:
@@ -99,21 +101,19 @@ class Recorder:
         }
 
 
+def asked(sweep: Sweep) -> Document:
+    """What may be raised when a sweep is resumed."""
+    file = sweep.file
+    return {
+        "budget": file.budget.model_dump(mode="json"),
+        "samples": file.search.samples,
+        "seeds": list(sweep.seeds),
+    }
+
+
 def status_of(trial: Trial, over: bool) -> str:
     """A trial's status as people read it: one that the end of the sweep left out was not run."""
     return "not_run" if over and not trial.started else trial.status
-
-
-def winners(sweep: Sweep, trials: Trials) -> dict[str, Score]:
-    """The best setting of every group; with a fidelity only the largest fraction's trials can win."""
-    groups: dict[str, list[Trial]] = {}
-    key = sweep.file.fidelity
-    top = max(sweep.file.space[key][0].values) if key else None
-    for trial in trials.values():
-        if key is None or get_value(sweep, trial.spec.overrides, key) == top:
-            groups.setdefault(trial.spec.group, []).append(trial)
-    ranked = {group: scores(sweep, members) for group, members in groups.items()}
-    return {group: found[0] for group, found in ranked.items() if found}
 
 
 def last_scores(run_dir: Path) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tiny_sweeps import make_conductor, make_sweep, run
 
-from tune.fidelity import Point, curves, describe, fit
+from tune.tell.curves import Point, curves, describe, fit
 
 
 def law(fraction: float, b: float = 10.0, c: float = 0.4) -> float:

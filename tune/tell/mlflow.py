@@ -14,7 +14,7 @@ from bootvit.config import Config
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
 from bootvit.tracking.follow import wait_for
 from bootvit.tracking.link import RunLink
-from tune.log import Trial
+from tune.decide.log import Trial
 
 EVERY = 2.0  # seconds between two looks at the journals
 PAUSE = 30.0  # seconds without an attempt after MLflow has failed

@@ -35,6 +35,7 @@ class Job(NamedTuple):
     """What an attempt is to do."""
 
     config: dict[str, Any]
+    metric: str = ""  # the journal's name of the selection metric
     test: TestUse = "never"
     cpus: float = 1
     heard: int = 0  # epochs of which the driver knows

@@ -6,17 +6,14 @@ and the seed alone. So a sweep that was killed makes the same exchanges again.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from bootvit import checkpoint
-from bootvit.config import Config, dump_config
-from tune.domain import Domain
-from tune.log import Event, Trial
-from tune.schema import Sweep
-from tune.space import Setting, canonical, domain_of, uniform
+from tune.decide.log import Event, Trial
+from tune.decide.select import worst
+from tune.spec.domain import Domain
+from tune.spec.schema import Sweep
+from tune.spec.space import Setting, canonical, domain_of, uniform
 
 RESAMPLE = 0.25  # chance that a value is drawn anew instead of moved
 FACTORS = (0.8, 1.25)
@@ -30,10 +27,18 @@ def population(sweep: Sweep, trial: Trial) -> str:
 
 
 def exchange(sweep: Sweep, members: Sequence[Trial], epoch: int) -> list[Event]:
-    """What the worst members copy from the best after `epoch` epochs: {"id", "donor", "overrides"}."""
+    """What the worst members copy from the best after `epoch` epochs: {"id", "donor", "overrides"}.
+
+    Only values that were measured in this round are compared; a member without one counts as the worst.
+    """
     search = sweep.file.search
-    sign = 1 if sweep.file.select.mode == "max" else -1
-    ranked = sorted(members, key=lambda t: (sign * (t.value if t.value is not None else -sign * 1e9), t.spec.id))
+    sign = 1 if sweep.file.select.best == "max" else -1
+
+    def rank(member: Trial) -> tuple[float, str]:
+        new = [at for at in member.values if epoch - search.interval < at <= epoch]
+        return sign * (member.values[max(new)] if new else worst(sweep)), member.spec.id
+
+    ranked = sorted(members, key=rank)
     count = min(int(len(ranked) * search.quantile) or 1, len(ranked) // 2)
     changes = []
     for loser in ranked[:count]:
@@ -62,21 +67,3 @@ def mutate(value: Any, domain: Domain, u: float) -> Any:
     low, high = domain.values
     moved = min(max(value * FACTORS[u < 0.5], low), high)
     return round(moved) if domain.kind == "randint" else moved
-
-
-def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> None:
-    """Put the donor's checkpoint and the new config in a member's place; done twice, it does nothing.
-
-    `fork.json` is written last: only with it the copy has happened.
-    """
-    mark = run_dir / "fork.json"
-    if mark.exists() and checkpoint.read_json(mark)["epoch"] >= epoch:
-        return
-    saved = next(s for s in checkpoint.described(donor_dir / "checkpoints") if s.epoch == epoch)
-    shutil.rmtree(run_dir / "checkpoints")
-    (run_dir / "checkpoints").mkdir()
-    shutil.copyfile(saved.path, run_dir / "checkpoints" / saved.path.name)
-    description = saved.path.with_suffix(".json")
-    checkpoint.write_json(run_dir / "checkpoints" / description.name, checkpoint.read_json(description))
-    checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
-    checkpoint.write_json(mark, {"epoch": epoch, "donor": donor_dir.name})

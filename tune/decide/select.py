@@ -6,8 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from statistics import fmean, stdev
 
-from tune.log import Trial
-from tune.schema import Sweep
+from tune.decide.log import Trial
+from tune.spec.schema import Sweep
+
+WORST = 1e30  # stands for what is no number, or infinite: a log and JSON hold it, and nothing measured is as bad
+
+
+def worst(sweep: Sweep) -> float:
+    """The value of a trial whose metric is no longer a number."""
+    return -WORST if sweep.file.select.best == "max" else WORST
+
+
+def is_number(value: float | None) -> bool:
+    """Whether something was measured."""
+    return value is not None and abs(value) < WORST
 
 
 @dataclass(frozen=True)
@@ -23,14 +35,14 @@ def scores(sweep: Sweep, trials: Iterable[Trial]) -> list[Score]:
     """The settings of these trials that have a finished trial, best first.
 
     A setting of which more seeds finished goes before one with fewer: early stopping leaves the lucky seeds of a bad
-    setting, whose mean says nothing.
+    setting, whose mean says nothing. A seed whose metric is no number has not finished in this sense.
     """
     by_setting: dict[str, list[Trial]] = {}
     for trial in trials:
-        if trial.status == "finished" and trial.value is not None:
+        if trial.status == "finished" and is_number(trial.value):
             key = trial.spec.id if sweep.file.algorithm == "pbt" else trial.spec.setting
             by_setting.setdefault(key, []).append(trial)
-    sign = -1 if sweep.file.select.mode == "max" else 1
+    sign = -1 if sweep.file.select.best == "max" else 1
     found = [score(own) for own in by_setting.values()]
     return sorted(found, key=lambda s: (-len(s.trials), sign * s.mean, s.trials[0].spec.id))
 

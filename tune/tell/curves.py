@@ -12,13 +12,12 @@ from collections.abc import Sequence
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from tune.log import Trial, Trials
-from tune.schema import Sweep
-from tune.select import scores
-from tune.space import canonical, get_value
+from tune.decide.log import Trial, Trials
+from tune.decide.select import scores
+from tune.spec.schema import Sweep
+from tune.spec.space import canonical, get_value
 
 FRACTION = "data.fraction"
-T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131)
 SMALLEST_ERROR = 0.01  # percent: a setting that made no error still has a logarithm
 
 
@@ -47,8 +46,9 @@ class PowerLaw(NamedTuple):
         """95% prediction interval of the mean of so many seeds, percent; None if two points fix the law."""
         if self.residual is None:
             return None
-        degrees = self.size - 2
-        t = T95[degrees - 1] if degrees <= len(T95) else 2.0
+        from scipy.stats import t as student
+
+        t = float(student.ppf(0.975, self.size - 2))
         distance = (math.log(fraction) - self.centre) ** 2 / self.spread
         half = t * self.residual * math.sqrt(1 / seeds + 1 / self.size + distance)
         middle = self.intercept + self.slope * math.log(fraction)

@@ -1,0 +1,32 @@
+"""How a member of a population takes over another one's weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from bootvit import checkpoint
+from bootvit.config import Config, dump_config
+
+
+def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> None:
+    """Put the donor's checkpoint and the new config in a member's place; done twice, it does nothing.
+
+    It may be cut anywhere and is then done again: the new checkpoints take the old ones' place as a folder, and
+    `fork.json` is written last: only with it the copy has happened.
+    """
+    mark = run_dir / "fork.json"
+    if mark.exists() and checkpoint.read_json(mark)["epoch"] >= epoch:
+        return
+    saved = next(s for s in checkpoint.described(donor_dir / "checkpoints") if s.epoch == epoch)
+    old, new = run_dir / "checkpoints", run_dir / ".checkpoints.new"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    shutil.copyfile(saved.path, new / saved.path.name)
+    description = saved.path.with_suffix(".json")
+    checkpoint.write_json(new / description.name, checkpoint.read_json(description))
+    if old.exists():
+        shutil.rmtree(old)
+    new.rename(old)
+    checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+    checkpoint.write_json(mark, {"epoch": epoch, "donor": donor_dir.name})

@@ -1,0 +1,164 @@
+"""What is written down while a sweep runs: sweep.json, the runs' results, MLflow, and lines on the terminal."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from bootvit import checkpoint
+from bootvit.config import Config
+from bootvit.runs import claim, take_lease
+from bootvit.tracking import SweepRun, mlflow_available, tracking_uri
+from bootvit.tracking.follow import PATIENCE_S, within
+from bootvit.tracking.tags import git_commit
+from bootvit.train import importlib_missing
+from tune.decide.log import ENDED, Trial, Trials
+from tune.decide.select import is_number
+from tune.run.data import fingerprints
+from tune.spec.schema import Sweep
+from tune.spec.space import count_trials, metric_of
+from tune.tell.mlflow import Shipper, is_shipped
+from tune.tell.record import Document, Recorder
+
+ParentStatus = Literal["FINISHED", "FAILED", "KILLED"]
+MakeConfig = Callable[[Trial], Config]
+
+
+class Recording:
+    """Everything that others read of a sweep, kept up to date."""
+
+    def __init__(self, sweep: Sweep, config: MakeConfig) -> None:
+        self._sweep, self._config = sweep, config
+        self.recorder = Recorder(sweep)
+        self._commit = git_commit()
+        self._planned = None if sweep.file.fidelity else count_trials(sweep)  # rungs take what turns out best
+        self._parent: SweepRun | None = None  # connected only when there is something to say: that reopens it
+        self._shipper: Shipper | None = None
+
+    # ------------------------------------------------------------------------------------------- the trials
+
+    def follow(self, kind: str, config: MakeConfig) -> None:
+        """Send trials of this kind to MLflow from now on; those of another kind are over."""
+        self.close()
+        self._parent = self._parent or connect(self._sweep)
+        if self._parent is not None:
+            self._shipper = Shipper(self._parent, self._sweep.file.name, kind, config)
+
+    def started(self, trial: Trial) -> None:
+        """A trial is given out."""
+        if self._shipper is not None:
+            self._shipper.started(trial)
+
+    def ended(self, trial: Trial) -> None:
+        """Its result is final."""
+        if self._shipper is not None:
+            self._shipper.ended(trial)
+
+    def settle(self, trial: Trial) -> None:
+        """Write down in the run's own folder how the trial ended, and let MLflow know."""
+        config = self._config(trial)
+        gpu_seconds = round(trial.seconds * self._sweep.gpus, 3)
+        if trial.status == "finished":
+            path = config.run_dir / "result.json"
+            checkpoint.write_json(path, checkpoint.read_json(path) | {"gpu_seconds": gpu_seconds})
+        else:
+            claim(config, resume=True, overwrite=False)  # from now on nobody else writes there
+            result = unfinished(config, trial, self.recorder.held_out(trial), self._commit)
+            take_lease(config.run_dir).write_result(result | {"gpu_seconds": gpu_seconds})
+        self.ended(trial)
+
+    def settle_old(self, trials: Iterable[Trial]) -> None:
+        """What a killed driver had logged, but not yet written or shipped."""
+        for trial in trials:
+            run_dir = self._config(trial).run_dir
+            recorded = (run_dir / "result.json").exists() and (self._shipper is None or is_shipped(run_dir))
+            if trial.status in ENDED and not recorded:
+                self.settle(trial)
+
+    def say_end(self, trial: Trial, trials: Trials) -> None:
+        """A line for a trial's end."""
+        over = sum(t.status in ENDED for t in trials.values())
+        metric = metric_of(self._config(trial), self._sweep.file.select.metric)
+        value = ""
+        if trial.value is not None:
+            value = f"  {metric} {trial.value:.2f}" if is_number(trial.value) else f"  {metric} is no number"
+        reason = f"  {trial.reason}" if trial.reason else ""
+        total = self._planned or len(trials)
+        print(
+            f"[{over}/{total}] {trial.spec.id}  {trial.status} after {trial.epochs} epochs{value}{reason}", flush=True
+        )
+
+    # --------------------------------------------------------------------------------------------- the sweep
+
+    def write(self, trials: Trials, status: str, seconds: float, reason: str | None = None) -> Document:
+        """sweep.json, and the parent's state."""
+        document = self.recorder.write(trials, status, seconds, reason)
+        if self._shipper is not None:
+            self._shipper.update(document)
+        return document
+
+    def close(self) -> None:
+        """Nothing is sent from here on but the parent's end."""
+        if self._shipper is not None:
+            shipper, self._shipper = self._shipper, None
+            if not shipper.close():
+                self._parent = None  # its thread may still wait for MLflow; `--resume` ships the rest
+
+    def finish(self, status: ParentStatus, document: Mapping[str, Any], files: Sequence[Path]) -> None:
+        """The end, in MLflow too."""
+        self.close()
+        if (parent := self._parent) is not None:
+            within(lambda: parent.finish(status, document, files), PATIENCE_S, parent.folder)
+
+    def is_complete(self, document: Mapping[str, Any]) -> bool:
+        """Whether MLflow has all of a finished sweep."""
+        places = [self._sweep.folder, *(self._sweep.folder / trial["run"] for trial in document["trials"])]
+        tracked = self._sweep.base.tracking.enabled and mlflow_available()
+        return not tracked or all(is_shipped(place) for place in places if place.exists())
+
+    def report(self) -> list[Path]:
+        """The report's files."""
+        if importlib_missing("matplotlib") or importlib_missing("sklearn"):
+            return []
+        from bootvit.report import write_sweep_report
+
+        return write_sweep_report(self._sweep.folder, self._sweep.folder / "report")
+
+
+def connect(sweep: Sweep) -> SweepRun | None:
+    """The parent run in MLflow; None where tracking is off or MLflow is not installed, which is said."""
+    tracking = sweep.base.tracking
+    if not tracking.enabled:
+        return None
+    if not mlflow_available():
+        print("MLflow is not installed: this sweep is only in its folder", file=sys.stderr)
+        return None
+    dumped = sweep.file.model_dump(mode="json", exclude_defaults=True)["space"]
+    space = {key: domains[0] if len(domains) == 1 else domains for key, domains in dumped.items()}
+    uri = tracking_uri(tracking.uri)
+    return SweepRun(sweep.folder, uri, tracking.experiment, name=sweep.file.name, space=space, file=sweep.path)
+
+
+def unfinished(config: Config, trial: Trial, held_out: Any, commit: str | None) -> dict[str, Any]:
+    """result.json of a trial that was stopped or failed."""
+    prints = fingerprints(config.data)
+    return {
+        "name": config.name,
+        "method": config.method,
+        "status": "failed" if trial.status == "failed" else "interrupted",
+        "reason": trial.reason,
+        "epochs": trial.epochs,
+        "final": None,
+        "best": {},
+        "held_out": held_out,
+        "images_per_second": None,
+        "seconds": round(trial.seconds, 3),
+        "fraction": config.data.fraction,
+        "seed": config.seed,
+        "data_fingerprint": prints.data,
+        "subset_digest": prints.subset,
+        "git": commit,
+        "mlflow_run_id": None,
+    }
