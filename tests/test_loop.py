@@ -4,14 +4,16 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from helpers import ONE, tiny
+from PIL import Image
 
 from bootvit import checkpoint
 from bootvit.config import Config
 from bootvit.errors import RunFailed, UserError
-from bootvit.learner import Learner
+from bootvit.learner import Learner, Networks
 from bootvit.loop import EpochReport, fit
 from bootvit.runs import claim
 from bootvit.tracking import read_journal
@@ -104,6 +106,68 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(
 def test_an_infinite_rate_breaks_the_loss_for_real(tmp_path: Path) -> None:
     with pytest.raises(RunFailed, match="not finite"):
         run(tiny(ray__storage_path=str(tmp_path), optim={"lr": 1e30, "clip_norm": None}))
+
+
+@pytest.mark.parametrize("epoch", [1, 2])
+def test_weights_that_break_at_the_last_step_of_an_epoch_end_the_run(
+    epoch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny(ray__storage_path=str(tmp_path))
+    real = Learner.step
+
+    def break_weights(self: Learner, batch: Any, step: int, *args: Any) -> torch.Tensor:
+        terms = real(self, batch, step, *args)
+        if step == 4 * epoch - 1:  # no later loss could tell
+            with torch.no_grad():
+                self.networks.state_dict()["vit.head.bias"][0] = float("inf")
+        return terms
+
+    monkeypatch.setattr(Learner, "step", break_weights)
+    left = "the checkpoint of step 4 is kept" if epoch == 2 else "there is no checkpoint yet"
+    with pytest.raises(RunFailed, match=rf"the weights are not finite after step {4 * epoch}: vit\.head\.bias; {left}"):
+        run(config)
+    saved = checkpoint.newest(tmp_path / "tiny" / "checkpoints")
+    assert (saved.step if saved else 0) == 4 * (epoch - 1)
+
+
+def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny(ray__storage_path=str(tmp_path))
+    real = Networks.features
+
+    def broken(self: Networks, images: torch.Tensor) -> Any:
+        features = real(self, images)
+        if not self.training:
+            features["agent"] = features["agent"]._replace(logits=features["agent"].logits * float("nan"))
+        return features
+
+    monkeypatch.setattr(Networks, "features", broken)
+    with pytest.raises(
+        RunFailed, match=r"the evaluation's loss is not finite: agent=nan .*; there is no checkpoint yet"
+    ):
+        run(config)
+
+
+def test_broken_images_are_in_the_journal_and_in_the_result(tmp_path: Path) -> None:
+    for split, count in (("train", 6), ("test", 3)):
+        for name in ("a", "b"):
+            for i in range(count):
+                path = tmp_path / split / name / f"{i}.png"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(np.random.default_rng([i, len(name)]).integers(0, 255, (100, 100, 3), np.uint8)).save(
+                    path
+                )
+    for broken in ("train/a/0.png", "train/b/3.png", "test/b/1.png"):
+        (tmp_path / broken).write_bytes(b"broken")
+    data = {"source": "imagefolder", "root": str(tmp_path), "fraction": 1.0, "image_size": 16, "on_error": "skip"}
+    config = tiny(ray__storage_path=str(tmp_path / "runs"), data=data, model__vit__patch=4, schedule__epochs=2)
+    with pytest.raises(Stop):
+        run(config, stop_after=1)
+    result = run(config, resume=True)
+    assert result["skipped"] == 3
+    named = [Path(line.split(": ")[0]).relative_to(tmp_path).as_posix() for line in result["skipped_images"]]
+    assert named == ["test/b/1.png", "train/a/0.png", "train/b/3.png"]
+    records, _ = read_journal(tmp_path / "runs" / "tiny" / "metrics.jsonl")
+    assert [(r.epoch, r.value) for r in records if r.name == "data/skipped"] == [(0, 3), (1, 3)]
 
 
 def test_max_steps_ends_early_and_is_evaluated(tmp_path: Path) -> None:
