@@ -125,6 +125,6 @@ def _opened(descriptor: int) -> TextIO:
 def _as_it_can(err: UnicodeError) -> tuple[str | bytes, int]:
     """A name that is not UTF-8 as its own bytes; what the encoding lacks as an escape, such as \\xe4."""
     try:
-        return cast(tuple[str | bytes, int], codecs.lookup_error("surrogateescape")(err))
+        return codecs.lookup_error("surrogateescape")(err)
     except UnicodeError:
-        return cast(tuple[str | bytes, int], codecs.lookup_error("backslashreplace")(err))
+        return codecs.lookup_error("backslashreplace")(err)
