@@ -10,7 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, TextIO, cast
 
 READER_GONE = 141  # 128 + SIGPIPE: what a shell reports of a tool whose reader has left
@@ -100,6 +100,8 @@ def lasting_output(*, needed: bool) -> Iterator[None]:
     finally:
         if hangup is not None:
             signal.signal(signal.SIGHUP, hangup)
+        with suppress(OSError):  # one that matters was raised and told of before
+            sys.stdout.flush()
         sys.stdout, sys.stderr = before
 
 

@@ -50,10 +50,9 @@ def status(run: Path) -> Any:
 def test_a_run_outlives_the_reader_of_its_output(err: bool, here: Path) -> None:
     assert without_reader(TRAIN, here, err=err) == (0, "")
     assert status(here / "runs" / "tiny") == "finished"
-    assert without_reader(TRAIN, here, err=err)[0] == 2  # the name is taken: the status is still the right one
 
 
-@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-", ">/dev/full"])
+@pytest.mark.parametrize("closed", [">&- 2>&-", ">/dev/full"])
 def test_a_run_needs_no_output_at_all(closed: str, here: Path) -> None:
     command = " ".join([*BOOTVIT, *TRAIN, closed])
     done = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True, check=False)
@@ -72,18 +71,15 @@ def test_a_run_outlives_its_terminal(here: Path) -> None:
     assert (process.returncode, status(here / "runs" / "tiny")) == (0, "finished")
 
 
-@pytest.mark.parametrize(
-    "command", [["models"], ["models", "--json"], ["config", "tiny.yaml"], ["data", "fraction", "tiny.yaml", "--keys"]]
-)
+@pytest.mark.parametrize("command", [["models", "--json"], ["data", "fraction", "tiny.yaml", "--keys"]])
 def test_a_command_that_only_prints_ends_with_its_reader(command: list[str], here: Path) -> None:
     assert without_reader(command, here) == (141, "")
 
 
 def test_an_output_that_cannot_be_written_is_one_line(here: Path) -> None:
-    for command in ("config tiny.yaml", "data fraction tiny.yaml --keys"):
-        line = " ".join([*BOOTVIT, command, ">/dev/full"])
-        done = subprocess.run(line, shell=True, cwd=here, capture_output=True, text=True, check=False)
-        assert (done.returncode, done.stderr) == (1, "bootvit: failed: [Errno 28] No space left on device\n")
+    line = " ".join([*BOOTVIT, "config", "tiny.yaml", ">/dev/full"])
+    done = subprocess.run(line, shell=True, cwd=here, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (1, "bootvit: failed: [Errno 28] No space left on device\n")
 
 
 def test_a_name_that_the_encoding_lacks_is_replaced(here: Path) -> None:

@@ -12,13 +12,14 @@ from typing import Any, Literal
 from bootvit import checkpoint
 from bootvit.config import Config
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
-from bootvit.tracking.follow import wait_for
+from bootvit.tracking.follow import CREATION_S, wait_for
 from bootvit.tracking.link import RunLink
+from bootvit.tracking.store import is_new_database
 from tune.decide.log import Trial
 
 EVERY = 2.0  # seconds between two looks at the journals
 PAUSE = 30.0  # seconds without an attempt after MLflow has failed
-PATIENCE = 30.0  # seconds at the end in which MLflow takes not a single trial
+PATIENCE = 30.0  # seconds at the end in which MLflow takes nothing
 ENDS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "finished": "FINISHED",
     "stopped": "KILLED",
@@ -39,6 +40,7 @@ class Shipper:
         self._error: BaseException | None = None
         self._resume_at = 0.0  # after a pause
         self._answered = 0.0  # when MLflow has last taken something
+        self._patience = PATIENCE + (CREATION_S if is_new_database(parent.uri) else 0.0)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -61,7 +63,7 @@ class Shipper:
         """
         self._stop.set()
         self._answered = time.monotonic()
-        while self._thread.is_alive() and time.monotonic() - self._answered < PATIENCE:
+        while self._thread.is_alive() and time.monotonic() - self._answered < self._patience:
             self._thread.join(1)
         ended = wait_for(self._thread, 0, self._parent.folder)
         if self._error is not None:
@@ -91,6 +93,7 @@ class Shipper:
         if not (self._parent.update(document) if document is not None else self._parent.connect()):
             self._document = self._document or document
             return False
+        self._answered = time.monotonic()
         while not self._trials.empty():
             over, trial = self._trials.get()
             if over:
