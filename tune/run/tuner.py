@@ -359,7 +359,7 @@ def reason_of(pickled: str | None) -> tuple[str, Cause]:
 def execute(work: Work, folder: Path, name: str) -> tune.ResultGrid:
     """Run what the conductor gives out, to its end; a trial's folder is `folder/name/<its id>`."""
     errors = Errors()
-    configure(work.table)
+    configure(work)
     source = Source(work, errors)
     judge = Judge(work, source.given, errors)
     tuner = tune.Tuner(
@@ -393,12 +393,15 @@ def execute(work: Work, folder: Path, name: str) -> tune.ResultGrid:
         remove_state(folder / name)
 
 
-def configure(table: bool) -> None:
-    """Tune's switches: they are variables of the environment."""
+def configure(work: Work) -> None:
+    """Tune's switches: they are variables of the environment.
+
+    Tune copies what callbacks have written into the runs' folders when it saves its state, which nothing else reads.
+    """
     for key, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # seconds between two saves of Tune's state, which nothing reads
+        "TUNE_GLOBAL_CHECKPOINT_S": "30" if work.callbacks else "inf",
         "TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize),  # `Room` says how many
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": str(sys.maxsize),  # `Room` says so
