@@ -29,9 +29,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
 from bootvit.errors import RunFailed
-from tune.decide.conductor import Cause, Conductor
+from tune.decide.conductor import Conductor
 from tune.decide.log import ENDED, Trial
 from tune.run.capacity import Room
+from tune.run.failures import reason_of
 from tune.run.leaks import Orphans
 from tune.run.trial import Job, Report, attempt
 
@@ -251,7 +252,7 @@ class Judge(Unsaved, FIFOScheduler):  # type: ignore[misc]
         with self._errors.noted():
             if self._work.conductor.trials[name].status != "running":  # Tune says it twice where it gives a trial up
                 return
-            reason, cause = reason_of(trial.pickled_error_file)
+            reason, cause = reason_of(trial.pickled_error_file, several_workers=self._work.several_workers)
             if name in self._silent:
                 self._silent.discard(name)
                 reason, cause = f"it has reported nothing for trial_timeout={self._work.timeout:g} seconds", "own"
@@ -329,28 +330,6 @@ class Observer(Unsaved, tune.Callback):  # type: ignore[misc]
     def on_trial_error(self, iteration: int, trials: list[Any], trial: TuneTrial, **info: Any) -> None:
         """The same for one that has failed; if the conductor lets it go on, it gets its order again."""
         self.on_trial_complete(iteration, trials, trial, **info)
-
-
-def reason_of(pickled: str | None) -> tuple[str, Cause]:
-    """One line for what ended an attempt, from the error that Tune has pickled; and whose fault it is."""
-    from ray import cloudpickle
-    from ray.exceptions import RayActorError, RayTaskError
-
-    if pickled is None:
-        return "its worker could not be started", "own"
-    with open(pickled, "rb") as file:
-        error = cloudpickle.load(file)
-    node_died = "its node has died" in str(error)
-    if isinstance(error, RayTaskError):
-        error = error.cause or error
-    if getattr(error, "preempted", False):
-        return "its node was taken away", "preempted"
-    if node_died:
-        return "its node has died", "node"
-    if isinstance(error, RayActorError):
-        return "its worker died: killed, or out of memory", "own"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:500], "own"
 
 
 # ----------------------------------------------------------------------------------------------------- the run
