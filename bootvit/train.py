@@ -232,12 +232,10 @@ def start_ray(config: Config) -> None:
     """A Ray on which the run's workers fit; `UserError` if they do not, or if it is not installed."""
     if importlib_missing("ray"):
         raise UserError("Ray is not installed: pip install 'bootvit[ray]', or add --local")
-    from cluster.capacity import check_capacity, live_nodes, may_grow, train_workers
+    from cluster.capacity import check_cluster, train_workers
 
     connect_ray(config.ray.num_workers * config.ray.cpus_per_worker)
-    nodes = live_nodes()
-    if not may_grow(nodes):
-        check_capacity(train_workers(config), nodes, "the cluster")
+    check_cluster(train_workers(config), "the cluster")
 
 
 def importlib_missing(name: str) -> bool:

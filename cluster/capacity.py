@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tune.spec.schema import Sweep
 
 Node = Mapping[str, float]  # resource -> the node's total of it
+MANY = 1000  # nodes of a type without a limit
 ROUNDING = 1e-9  # ten trials of 0.1 GPU fit on one
 
 
@@ -104,6 +105,15 @@ def live_nodes() -> list[Node]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
+def check_cluster(workers: Workers, where: str) -> None:
+    """Raise `UserError` if the connected Ray can never run the workers, whatever nodes may still come to it."""
+    nodes = live_nodes()
+    if not may_grow(nodes):
+        check_capacity(workers, nodes, where)
+    elif types := autoscaler_types():
+        check_capacity(workers, [*nodes, *types], f"{where}, with all nodes that its autoscaler may start,")
+
+
 def may_grow(nodes: Sequence[Node]) -> bool:
     """Whether nodes may come to the connected Ray: it has an autoscaler, or no node yet that could do any work."""
     return not any(node.get("CPU", 0) or node.get("GPU", 0) for node in nodes) or has_autoscaler()
@@ -113,12 +123,22 @@ def has_autoscaler() -> bool:
     """Whether an autoscaler looks after the connected Ray; a head that was started by hand has one without types."""
     import json
 
-    from ray._private.state import state
     from ray.experimental.internal_kv import _internal_kv_get
 
-    config = state.get_cluster_config()  # the newer autoscaler's
-    if config is not None and config.node_group_configs:
-        return True
     report = json.loads(_internal_kv_get("__autoscaling_status") or "{}")  # the older one's
     types = (report.get("autoscaler_report") or {}).get("node_type_mapping") or {}
-    return any(kind != f"node_{node}" for node, kind in types.items())
+    return bool(autoscaler_types()) or any(kind != f"node_{node}" for node, kind in types.items())
+
+
+def autoscaler_types() -> list[Node]:
+    """The nodes that the newer autoscaler may start; none where it is the older one, or there is none."""
+    from ray._private.state import state
+
+    config = state.get_cluster_config()
+    return [] if config is None else nodes_of(config)
+
+
+def nodes_of(config: Any) -> list[Node]:
+    """A node for each that an autoscaler's config allows; of a type without a limit as many as anyone asks for."""
+    groups = config.node_group_configs
+    return [dict(group.resources) for group in groups for _ in range(group.max_count if group.max_count > 0 else MANY)]

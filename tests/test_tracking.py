@@ -603,12 +603,15 @@ def test_a_sweep_has_one_parent_run_that_is_found_again(store: Store, tmp_path: 
     assert run.data.params["space/method"] == '{"grid": ["vit", "joint"]}'
     assert run.data.metrics["trials/stopped"] == 1
     assert run.data.metrics["cost/seconds"] == 3.0
-    assert run.data.metrics["best/data.fraction:0.05_ method:joint/held_out/vit/top1"] == 40.0
+    assert not [name for name in run.data.metrics if name.startswith("best")]
     best = json.loads(run.data.tags["bootvit.best.data.fraction:0.05_ method:joint"])
     assert best["overrides"] == {"objective.vit.kd": 0.5}
     assert len(store.points("trials/finished")) == 1
     client = connect(store.uri)
-    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["report", "sweep.yaml"]
+    assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["best.json", "report", "sweep.yaml"]
+    table = json.loads(Path(client.download_artifacts(run.info.run_id, "best.json", str(tmp_path))).read_text())
+    (row,) = (dict(zip(table["columns"], values, strict=True)) for values in table["data"])
+    assert (row["group"], row["held_out.vit.top1"]) == ("data.fraction=0.05, method=joint", 40.0)
 
 
 def test_the_step_of_a_sweeps_metrics_is_the_number_of_ended_trials() -> None:

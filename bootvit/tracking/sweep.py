@@ -16,6 +16,7 @@ from bootvit.tracking.tags import param_text, source_version
 from bootvit.tracking.tracked import Point, TrackedRun
 
 ENDED = ("finished", "stopped", "failed")
+BEST = "best.json"
 
 
 class SweepRun(TrackedRun):
@@ -69,6 +70,9 @@ class SweepRun(TrackedRun):
         self._send_points(state_points(document, int(time.time() * 1000)))
         best = document["best"].items()
         self._send_tags({f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best})
+        if best:
+            self._client.log_dict(self.run_id, best_table(document["best"]), BEST)
+            self._send_tags({"mlflow.loggedArtifacts": json.dumps([{"path": BEST, "type": "table"}])})
         if (self.folder / "sweep.json").exists():
             self._send_file(self.folder / "sweep.json")
 
@@ -85,10 +89,20 @@ def state_points(document: Mapping[str, Any], timestamp: int) -> Iterator[Point]
         yield Point(f"trials/{status}", counts.get(status, 0), timestamp, step)
     for key in ("seconds", "gpu_seconds"):
         yield Point(f"cost/{key}", cost[key], timestamp, step)
-    for group, found in document["best"].items():
-        for part in ("held_out", "final"):
-            for network, scores in (found.get(part) or {}).items():
-                yield Point(f"best/{safe_name(group)}/{part}/{network}/top1", scores["top1"], timestamp, step)
+
+
+def best_table(best: Mapping[str, Any]) -> dict[str, Any]:
+    """The best of every group, a row each, as MLflow shows tables."""
+    scores = [(part, network) for part in ("held_out", "final") for network in ("vit", "agent")]
+    columns = ["group", "trial", "overrides", "mean", "sd", *(f"{part}.{network}.top1" for part, network in scores)]
+    rows = [
+        [
+            *(group, found["trial"], json.dumps(found["overrides"]), found.get("mean"), found.get("sd")),
+            *((found.get(part) or {}).get(network, {}).get("top1") for part, network in scores),
+        ]
+        for group, found in best.items()
+    ]
+    return {"columns": columns, "data": rows}
 
 
 def safe_name(group: str) -> str:

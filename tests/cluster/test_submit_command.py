@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bootvit.errors import UserError
-from cluster.capacity import Workers, check_capacity, known_nodes
+from cluster.capacity import Workers, check_capacity, known_nodes, nodes_of, room
 from cluster.command import check_command, outlives_job
 
 GOOD = ["ray.storage_path=/shared/runs", "tracking.uri=http://mlflow:5000"]
@@ -164,3 +164,27 @@ def test_a_cluster_that_may_grow_is_not_counted() -> None:
     assert known_nodes({"data": {"clusterStatus": None}}) is None
     starting = {"autoscalerReport": {"nodeTypeMapping": {}}, "loadMetricsReport": {"usageByNode": {}}}
     assert known_nodes({"data": {"clusterStatus": starting}}) is None, "a head that has only just come up"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "expected"), [(0.6, 4), (0.5, 8), (0.25, 16), (0.3, 12), (0.1, 40), (1, 4), (2, 2), (4, 1), (5, 0)]
+)
+def test_a_part_of_a_gpu_is_on_one_gpu(gpus: float, expected: int) -> None:
+    assert room(Workers(1, 0.1, gpus, "it"), [{"CPU": 64, "GPU": 4}]) == expected
+    assert room(Workers(1, 0.1, gpus, "it"), [{"CPU": 64, "GPU": 2}, {"CPU": 64, "GPU": 2}]) == (
+        0 if gpus > 2 else expected
+    )
+
+
+def test_an_autoscaler_s_types_are_nodes_that_may_come() -> None:
+    from ray.core.generated.autoscaler_pb2 import ClusterConfig, NodeGroupConfig
+
+    groups = [
+        NodeGroupConfig(name="small", max_count=2, resources={"CPU": 4}),
+        NodeGroupConfig(name="gpu", max_count=1, resources={"CPU": 8, "GPU": 4}),
+    ]
+    nodes = nodes_of(ClusterConfig(node_group_configs=groups))
+    assert nodes == [{"CPU": 4}, {"CPU": 4}, {"CPU": 8, "GPU": 4}]
+    check_capacity(Workers(4, 2, 1, "four"), nodes, "it")
+    with pytest.raises(UserError, match="has room for 4 of 5 workers"):
+        check_capacity(Workers(5, 1, 1, "five"), nodes, "it")

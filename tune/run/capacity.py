@@ -7,7 +7,7 @@ import time
 
 from bootvit.errors import UserError
 from bootvit.train import connect_ray, importlib_missing
-from cluster.capacity import check_capacity, has_autoscaler, live_nodes, may_grow, trial_workers, trials_at_once
+from cluster.capacity import check_cluster, has_autoscaler, live_nodes, trial_workers, trials_at_once
 from tune.spec.schema import Sweep
 
 LOOK_S = 1.0  # seconds between two looks at the cluster's nodes
@@ -54,9 +54,7 @@ class Room:
         self._sweep = sweep
         self._looked, self._trials = float("-inf"), 0
         self._said = False
-        nodes = live_nodes()
-        if trials_at_once(sweep, nodes) == 0 and not may_grow(nodes):
-            check_capacity(trial_workers(sweep), nodes, "this cluster")
+        check_cluster(trial_workers(sweep), "the cluster")
         self._autoscaler = has_autoscaler()
 
     def trials(self) -> int:

@@ -29,9 +29,10 @@ from ray.tune.search import Searcher
 from ray.tune.search.search_generator import SearchGenerator
 
 from bootvit.errors import RunFailed
-from tune.decide.conductor import Cause, Conductor
+from tune.decide.conductor import Conductor
 from tune.decide.log import ENDED, Trial
 from tune.run.capacity import Room
+from tune.run.failures import reason_of
 from tune.run.leaks import Orphans
 from tune.run.trial import Job, Report, attempt
 
@@ -251,7 +252,7 @@ class Judge(Unsaved, FIFOScheduler):  # type: ignore[misc]
         with self._errors.noted():
             if self._work.conductor.trials[name].status != "running":  # Tune says it twice where it gives a trial up
                 return
-            reason, cause = reason_of(trial.pickled_error_file)
+            reason, cause = reason_of(trial.pickled_error_file, several_workers=self._work.several_workers)
             if name in self._silent:
                 self._silent.discard(name)
                 reason, cause = f"it has reported nothing for trial_timeout={self._work.timeout:g} seconds", "own"
@@ -331,35 +332,13 @@ class Observer(Unsaved, tune.Callback):  # type: ignore[misc]
         self.on_trial_complete(iteration, trials, trial, **info)
 
 
-def reason_of(pickled: str | None) -> tuple[str, Cause]:
-    """One line for what ended an attempt, from the error that Tune has pickled; and whose fault it is."""
-    from ray import cloudpickle
-    from ray.exceptions import RayActorError, RayTaskError
-
-    if pickled is None:
-        return "its worker could not be started", "own"
-    with open(pickled, "rb") as file:
-        error = cloudpickle.load(file)
-    node_died = "its node has died" in str(error)
-    if isinstance(error, RayTaskError):
-        error = error.cause or error
-    if getattr(error, "preempted", False):
-        return "its node was taken away", "preempted"
-    if node_died:
-        return "its node has died", "node"
-    if isinstance(error, RayActorError):
-        return "its worker died: killed, or out of memory", "own"
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:500], "own"
-
-
 # ----------------------------------------------------------------------------------------------------- the run
 
 
 def execute(work: Work, folder: Path, name: str) -> tune.ResultGrid:
     """Run what the conductor gives out, to its end; a trial's folder is `folder/name/<its id>`."""
     errors = Errors()
-    configure(work.table)
+    configure(work)
     source = Source(work, errors)
     judge = Judge(work, source.given, errors)
     tuner = tune.Tuner(
@@ -393,12 +372,15 @@ def execute(work: Work, folder: Path, name: str) -> tune.ResultGrid:
         remove_state(folder / name)
 
 
-def configure(table: bool) -> None:
-    """Tune's switches: they are variables of the environment."""
+def configure(work: Work) -> None:
+    """Tune's switches: they are variables of the environment.
+
+    Tune copies what callbacks have written into the runs' folders when it saves its state, which nothing else reads.
+    """
     for key, value in {
         "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
         "TUNE_DISABLE_SIGINT_HANDLER": "1",
-        "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # seconds between two saves of Tune's state, which nothing reads
+        "TUNE_GLOBAL_CHECKPOINT_S": "30" if work.callbacks else "inf",
         "TUNE_MAX_PENDING_TRIALS_PG": str(sys.maxsize),  # `Room` says how many
         "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
         "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": str(sys.maxsize),  # `Room` says so
