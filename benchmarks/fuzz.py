@@ -35,7 +35,7 @@ from bootvit.data.decode import BrokenImage, decode, failing_as_broken, header_s
 from bootvit.data.loaders import Cut
 from bootvit.errors import UserError
 
-MEMORY = 8 << 30  # bytes of address space of a process
+MEMORY = 12 << 30  # bytes of address space of a process
 CHUNK = {"images": 500, "parquet": 20, "configs": 50, "sweeps": 20}
 COUNTS = {"images": 100_000, "parquet": 1_000, "configs": 700, "sweeps": 300}
 

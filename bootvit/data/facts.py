@@ -55,7 +55,9 @@ class DataFacts:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Self:
-        """Inverse of `to_dict`."""
+        """Inverse of `to_dict`; a `UserError` for a checkpoint from before runs knew how they prepare images."""
+        if "preparation" not in data:
+            raise UserError("the checkpoint was written by an earlier version of bootvit: train the run again")
         own = data["preparation"]
         rows, cols = own["size"]
         preparation = Preparation(own["kind"], (rows, cols), _rgb(own["mean"]), _rgb(own["std"]))

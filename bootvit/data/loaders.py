@@ -7,7 +7,9 @@ the device. Others are read, cut and resized when they are needed, by `data.work
 from __future__ import annotations
 
 import multiprocessing
+import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -30,6 +32,8 @@ from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
 from bootvit.errors import RunFailed, UserError
 
 Pixels = npt.NDArray[np.uint8]
+
+LONGEST_TMPDIR = 70  # bytes: Python's socket for sharing memory lies in it, and its whole path has at most 107
 
 
 class Batch(NamedTuple):
@@ -172,8 +176,9 @@ class WorkerLoader:
         if not self._through_pipes:
             self._through_pipes = True
             print(
-                "bootvit: warning: /dev/shm has no room for the images of data.workers, which come through pipes "
-                "instead, slower: give the container more shared memory (docker run --shm-size=2g)",
+                "bootvit: warning: the images of data.workers come through pipes, slower, because /dev/shm has no room "
+                "for them (docker run --shm-size=2g) or TMPDIR is too long for a socket "
+                f"(over {LONGEST_TMPDIR} characters)",
                 file=sys.stderr,
                 flush=True,
             )
@@ -260,14 +265,19 @@ class _Steps(Dataset[Loaded]):
 
 
 def _shared(pixels: Pixels) -> Tensor | Pixels:
-    """In a loading process in shared memory, which spares copies; where there is no room for it, as it is."""
+    """In a loading process in shared memory, which spares copies; as it is where there is no room for it.
+
+    An error of sharing would be raised in the queue's own thread and lost, and the batch with it.
+    """
     if get_worker_info() is None:
         return torch.from_numpy(pixels)
+    if len(os.fsencode(tempfile.gettempdir())) > LONGEST_TMPDIR:
+        return pixels
     try:
         tensor = torch.from_numpy(pixels)
         tensor.share_memory_()  # type: ignore[no-untyped-call]
         return tensor
-    except RuntimeError:  # torch's own for a full /dev/shm; in the queue's thread it would be lost, and the batch too
+    except RuntimeError:  # torch's own for a full /dev/shm
         return pixels
 
 

@@ -175,6 +175,21 @@ def test_a_shared_memory_without_room_is_said_and_trained_without(
     assert "--shm-size" in line
 
 
+def test_a_long_tmpdir_does_not_lose_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import tempfile
+
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    write_folder(tmp_path, "train", {"a": 9, "b": 9})
+    run = config(source="imagefolder", root=tmp_path, image_size=32, batch_size=4, workers=2)
+    batches = TrainBatches(open_splits(run.data).train, run, rank=0, world=1, device=CPU)
+    assert [len(batch.labels) for batch in batches.epoch(0)] == [4] * 4
+    assert "TMPDIR is too long" in capsys.readouterr().err
+
+
 def test_a_loading_process_that_dies_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import os
     import signal
