@@ -36,7 +36,7 @@ from bootvit.data.loaders import Cut
 from bootvit.errors import UserError
 
 MEMORY = 12 << 30  # bytes of address space of a process
-CHUNK = {"images": 500, "parquet": 20, "configs": 50, "sweeps": 20}
+CHUNK = {"images": 2500, "parquet": 20, "configs": 50, "sweeps": 20}
 COUNTS = {"images": 100_000, "parquet": 1_000, "configs": 700, "sweeps": 300}
 
 Rng = np.random.Generator
