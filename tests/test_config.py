@@ -173,7 +173,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: \x00", "not valid YAML"),
         ("data: {root: 's3://bucket/x'}", "data.root=s3://bucket/x: addresses of object stores are not supported yet"),
         ("ray: {storage_path: 'gs:/x'}", "ray.storage_path=gs:/x: addresses of object stores"),
-        ('data: {root: "a\\0b"}', "a path in it cannot be resolved"),
+        ('data: {root: "a\\0b"}', "hold no NUL"),
     ],
     ids=range(27),
 )

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
 import types
 from collections.abc import Sequence
@@ -19,6 +21,8 @@ from bootvit.errors import UserError
 
 SHIPPED = Path(__file__).resolve().parent.parent.parent / "configs"
 SHOWN = 80  # characters of a value in a message
+LARGEST = 2**53  # of a whole number: more than any count, and exact as a float
+STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "wasb", "hdfs", "viewfs", "hf", "file", "http", "https")
 
 
 def find_config(name: str, shipped: Path = SHIPPED) -> Path:
@@ -28,6 +32,8 @@ def find_config(name: str, shipped: Path = SHIPPED) -> Path:
             return path
     known = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
     near = get_close_matches(name.removesuffix(".yaml").removeprefix("configs/"), known, n=1)
+    if os.path.lexists(name):
+        raise UserError(f"{name}: not a regular file: a config is one, or the name of a shipped one")
     raise UserError(
         f"{name[:200]}: no such config file" + (f"; the nearest shipped one is {near[0]!r}" if near else "")
     )
@@ -97,22 +103,18 @@ def parse_override(text: str, schema: type[BaseModel] = Config) -> tuple[str, An
     """`KEY=VALUE` -> (key, value).
 
     The value of a text key is taken as typed (`null` is None where the key may be), any other is read as YAML; a `#`
-    begins no comment.
+    begins no comment, and nothing at all is no value.
     """
     key, eq, value = text.partition("=")
     origin = f"override {text!r}"
     if not eq or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
         raise UserError(f"{origin}: expected KEY=VALUE, such as data.fraction=0.1")
     kinds = leaf_types(schema, key)
+    if not value.strip():
+        raise UserError(f"{origin}: {key} is empty" + ("; null is none" if types.NoneType in kinds else ""))
     if str in kinds and kinds <= {str, types.NoneType}:
-        if value == "null" and types.NoneType in kinds:
-            return key, None
-        if not value:
-            raise UserError(f"{origin}: {key} is empty" + ("; null is none" if types.NoneType in kinds else ""))
-        return key, value
-    if re.search(r"(^|\s)#", value) and not value.lstrip().startswith(("[", "{", "'", '"')):
-        return key, value
-    return key, parse_yaml(value, origin)
+        return key, None if value == "null" and types.NoneType in kinds else value
+    return key, parse_yaml(value, origin, comments=False)
 
 
 def leaf_types(schema: type[BaseModel], key: str) -> set[Any]:
@@ -186,13 +188,19 @@ def _place(path: str | None) -> str:
 
 
 def check_places(config: Config, origin: str, origins: dict[str, str]) -> None:
-    """Refuse object stores, which would silently become local folders of odd names."""
+    """Refuse places that would silently become others: addresses, and a link to a folder that is not there."""
     for key, value in (("ray.storage_path", config.ray.storage_path), ("data.root", config.data.root)):
-        if value is not None and re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", value):
+        scheme, colon, rest = (value or "").partition(":")
+        if colon and (scheme.lower() in STORES or (rest.startswith("/") and re.fullmatch(r"[A-Za-z][\w+.-]*", scheme))):
             raise UserError(
-                f"{origins.get(key, origin)}: {key}={value}: addresses of object stores are not supported yet; give "
-                "the path of a folder" + (" that every node sees" if key == "ray.storage_path" else "")
+                f"{place_of(key, origin, origins)}: {key}={value}: addresses of object stores are not supported yet; "
+                "give the path of a folder" + (" that every node sees" if key == "ray.storage_path" else "")
             )
+    storage = Path(os.path.expanduser(config.ray.storage_path))
+    broken = next((p for p in (storage, *storage.parents) if os.path.islink(p) and not os.path.exists(p)), None)
+    if broken is not None:
+        place = place_of("ray.storage_path", origin, origins)
+        raise UserError(f"{place}: ray.storage_path={config.ray.storage_path}: {broken} is a link that leads nowhere")
 
 
 def override(config: Config, changes: dict[str, Any]) -> Config:
@@ -205,6 +213,7 @@ T = TypeVar("T", bound=BaseModel)
 
 def validate(schema: type[T], data: dict[str, Any], origin: str, origins: dict[str, str] | None = None) -> T:
     """`data` as `schema`; the first mistake becomes one line that names its place, key and value."""
+    check_values(data, origin, origins or {})
     try:
         return schema.model_validate_json(json.dumps(data))
     except ValidationError as err:
@@ -217,18 +226,48 @@ def explain(err: ValidationError, schema: type[BaseModel], origin: str, origins:
     first = errors[0]
     path = [str(part) for part in first["loc"] if not _is_union_arm(str(part))]
     key = ".".join(path)
-    place = next(
-        (o for k, o in origins.items() if key == k or key.startswith(f"{k}.") or k.startswith(f"{key}.")),
-        origin,
-    )
+    place = place_of(key, origin, origins)
     if first["type"] == "extra_forbidden":
         return f"{place}: unknown key {key!r}{suggest(schema, path)}"
     reason = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "string_type" and isinstance(first["input"], bool | int | float):
+        reason = "expected a text: write it in quotes"
     return f"{place}: {key}={shown(first['input'])}: {reason}" if key else f"{place}: {reason}"
 
 
+def place_of(key: str, origin: str, origins: dict[str, str]) -> str:
+    """The override that gave a key, or a key above or below it; else the file."""
+    related = (o for k, o in origins.items() if key == k or key.startswith(f"{k}.") or k.startswith(f"{key}."))
+    return next(related, origin)
+
+
+def check_values(value: Any, origin: str, origins: dict[str, str], key: str = "") -> None:
+    """Refuse values that no key can have, and that would fail far from here, if at all."""
+    if isinstance(value, dict | list):
+        for name, part in value.items() if isinstance(value, dict) else enumerate(value):
+            check_values(part, origin, origins, f"{key}.{name}" if key else str(name))
+        return
+    reason = _no_value(value)
+    if reason:
+        raise UserError(f"{place_of(key, origin, origins)}: {key}={shown(value)}: {reason}")
+
+
+def _no_value(value: Any) -> str | None:
+    if isinstance(value, float) and not math.isfinite(value):
+        return "a number must be finite"
+    if isinstance(value, int) and abs(value) > LARGEST:
+        return f"a whole number is at most {LARGEST}"
+    if not isinstance(value, str):
+        return None
+    if not value.strip():
+        return "is empty"
+    if "\0" in value or any("\ud800" <= c <= "\udfff" for c in value):
+        return "a text must be Unicode (UTF-8), and hold no NUL"
+    return None
+
+
 def _is_union_arm(part: str) -> bool:
-    return "[" in part or part in ("int", "float", "str", "bool")
+    return "[" in part or part.startswith("constrained-") or part in ("int", "float", "str", "bool")
 
 
 def suggest(schema: type[BaseModel], path: list[str]) -> str:

@@ -12,12 +12,25 @@ from bootvit.errors import UserError
 MOST_VALUES = 100_000  # in one file, aliases written out: nine lines of them can stand for gigabytes
 
 
+# what YAML 1.1 sees in plain texts and 1.2 sees otherwise, or not at all
+NOT_PLAIN = ("int", "float", "timestamp", "merge", "value")
+HASH = "\uf023"  # of Unicode's private area: stands for a `#` that begins no comment
+
+
 class _Loader(yaml.SafeLoader):
     """YAML 1.2's scalars: `1e-3` is a number; dates, `12:30` and `0777` are no other type than they look."""
 
 
+class _LoaderWithoutComments(_Loader):
+    """The same for a value of the command line, where `#` is a character like others."""
+
+    def construct_scalar(self, node: Any) -> str:
+        """The text, with `#` where it was."""
+        return str(super().construct_scalar(node)).replace(HASH, "#")
+
+
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if tag.rsplit(":", 1)[-1] not in ("int", "float", "timestamp")]
+    first: [(tag, rule) for tag, rule in rules if tag.rsplit(":", 1)[-1] not in NOT_PLAIN]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -47,16 +60,28 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _int)
 _Loader.add_constructor("tag:yaml.org,2002:map", _unique_mapping)
 
 
-def parse_yaml(text: str, origin: str) -> Any:
+def parse_yaml(text: str, origin: str, *, comments: bool = True) -> Any:
     """Parse YAML to mappings with text keys, lists, texts, numbers, booleans and None.
 
-    A mistake in it, and any other type of YAML's, is a `UserError` that names `origin`.
+    A mistake in it, and any other type of YAML's, is a `UserError` that names `origin`. Without `comments` a `#` is
+    a character like others.
     """
     try:
-        value = yaml.load(text, Loader=_Loader)
+        value = (
+            yaml.load(text, Loader=_Loader)
+            if comments
+            else yaml.load(text.replace("#", HASH), Loader=_LoaderWithoutComments)
+        )
         count_values(value, origin)
-    except (yaml.YAMLError, ValueError, TypeError, AttributeError) as err:  # PyYAML raises more than its own
-        raise UserError(f"{origin}: not valid YAML: {' '.join(str(err).split())[:300]}") from err
+    except (
+        yaml.YAMLError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        LookupError,
+    ) as err:  # PyYAML raises more than its own
+        message = " ".join(str(err).replace(HASH, "#").split())[:300]
+        raise UserError(f"{origin}: not valid YAML: {message}") from err
     except RecursionError:
         raise UserError(f"{origin}: not valid YAML: nested too deeply") from None
     return value

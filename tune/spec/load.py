@@ -94,7 +94,7 @@ def _base_config(path: Path, file: SweepFile, overrides: Sequence[str]) -> Confi
     for text in overrides:
         key, value = parse_override(text)
         data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
-    if data["data"]["held_out"] == 0:
+    if isinstance(data["data"], dict) and data["data"].get("held_out") == 0:
         data["data"]["held_out"] = HELD_OUT
     return make_config(data, file.base, origins)
 
