@@ -1,8 +1,8 @@
-"""Damaged images, and damaged or odd Parquet files, configs and sweep files: each may end only in our own errors.
+"""Damaged images, and damaged or odd Parquet files: each must be read, or end in our own errors.
 
-`python -m benchmarks.fuzz` writes counts by outcome to benchmarks/results/ and ends with status 1 at the first kind
-of outcome that is not one of ours. Every input is a function of (seed, number), so `--only images --first N --count 1`
-repeats one. Work is done in processes with a limited memory, whose death is an outcome too.
+`python -m benchmarks.fuzz_data --out FILE` writes the counts by outcome; status 1 if one of them was anything else.
+Every input is a function of (seed, number), so `--only images --first N --count 1` repeats one. The work is done in
+processes with a limited memory, whose death is an outcome too. Configs and sweep files: benchmarks/fuzz_configs.py.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from bootvit.config import DataConfig, load_config
+from bootvit.config import DataConfig
 from bootvit.data import open_splits
 from bootvit.data.decode import BrokenImage, decode, failing_as_broken, header_size
 from bootvit.data.loaders import Cut
 from bootvit.errors import UserError
 
 MEMORY = 12 << 30  # bytes of address space of a process
-CHUNK = {"images": 2500, "parquet": 20, "configs": 50, "sweeps": 20}
-COUNTS = {"images": 100_000, "parquet": 1_000, "configs": 700, "sweeps": 300}
+CHUNK = {"images": 2500, "parquet": 50}
+COUNTS = {"images": 100_000, "parquet": 1_000}
 
 Rng = np.random.Generator
 
@@ -225,81 +225,13 @@ def one_line(err: UserError) -> str:
     return "UserError" if text and "\n" not in text and len(text) < 2000 else f"no short line: {text[:200]!r}"
 
 
-# ------------------------------------------------------------------------------------- configs and sweep files
-
-
-def shipped(folder: str) -> list[Path]:
-    """The shipped files of a kind."""
-    root = Path(__file__).resolve().parent.parent / "configs"
-    return sorted(path for path in root.rglob("*.yaml") if ("sweeps" in path.parts) == (folder == "sweeps"))
-
-
-ODD_VALUES = (
-    *("2024-11-25", "12:30:00", "1e400", "-1", "0", "1.5", "true", "null", "~", "[]", "{}", "'", '"', "&a [*a]", "*b"),
-    *("!!binary aGk=", "!!set {a, b}", "!!python/object:os.system x", "0x10", "0o7", ".nan", ".inf", "9" * 400, "- 1"),
-    *("<<: {a: 1}", "a: b: c", "\t", "\x00", "ünïcode", "a" * 5000, "[" * 200, "{a: " * 100, "? x", "--- 1", "%YAML 9"),
-)
-
-
-def odd_text(text: str, rng: Rng) -> bytes:
-    """A YAML file with values swapped for odd ones, lines lost, doubled or moved, or its bytes damaged."""
-    lines = text.splitlines()
-    for _ in range(rng.integers(1, 5)):
-        at = int(rng.integers(len(lines)))
-        kind = rng.integers(6)
-        if kind <= 2 and ":" in lines[at]:
-            lines[at] = lines[at].split(":")[0] + ": " + str(rng.choice(ODD_VALUES))
-        elif kind == 3:
-            lines.insert(at, str(rng.choice(lines)))
-        elif kind == 4 and len(lines) > 1:
-            del lines[at]
-        else:
-            lines[at] = " " * int(rng.integers(6)) + lines[at].strip()
-    data = "\n".join(lines).encode()
-    return damaged(data, rng) if rng.random() < 0.3 else data
-
-
-def one_yaml(rng: Rng, folder: str, load: Callable[[str], object]) -> str:
-    """One damaged shipped file, put beside the others so that what it extends is there."""
-    source = shipped(folder)[int(rng.integers(len(shipped(folder))))]
-    data = odd_text(source.read_text(encoding="utf-8"), rng)
-    root = Path(__file__).resolve().parent.parent / "configs"
-    with tempfile.TemporaryDirectory() as place:
-        for path in root.rglob("*.yaml"):
-            copy = Path(place, path.relative_to(root))
-            copy.parent.mkdir(parents=True, exist_ok=True)
-            copy.symlink_to(path)
-        target = Path(place, source.relative_to(root)).with_name("odd.yaml")
-        target.write_bytes(data)
-        try:
-            load(str(target))
-        except UserError as err:
-            return one_line(err)
-    return "loaded"
-
-
-def one_config(rng: Rng) -> str:
-    """A run's file."""
-    return one_yaml(rng, "configs", load_config)
-
-
-def one_sweep(rng: Rng) -> str:
-    """A sweep's file, with its space and its base."""
-    from tune.spec.load import load_sweep
-    from tune.spec.space import check_space
-
-    return one_yaml(rng, "sweeps", lambda path: check_space(load_sweep(path)))
-
-
 # ---------------------------------------------------------------------------------------------------- the driver
 
 KINDS: dict[str, Callable[[Rng], str]] = {
     "images": one_image,
     "parquet": one_parquet,
-    "configs": one_config,
-    "sweeps": one_sweep,
 }
-OURS = ("decoded", "BrokenImage", "opened", "loaded", "UserError")
+OURS = ("decoded", "BrokenImage", "opened", "UserError")
 
 
 def chunk(kind: str, seed: int, first: int, count: int) -> list[tuple[int, str]]:
