@@ -95,3 +95,13 @@ def mlflow_points(store: Path, experiment: str = "digits") -> dict[str, list[tup
         )
         for run in runs
     }
+
+
+def mlflow_tags(store: Path, key: str, experiment: str = "digits") -> dict[str, str]:
+    """{run name: a tag's value} of the runs that have the tag."""
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{store}")
+    found = client.get_experiment_by_name(experiment)
+    runs = client.search_runs([found.experiment_id], max_results=1000)
+    return {run.info.run_name: run.data.tags[key] for run in runs if key in run.data.tags}

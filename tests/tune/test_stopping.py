@@ -26,7 +26,8 @@ def decisions(rule: Rule, seed: int, trials: int = 20, epochs: int = 27) -> dict
     while left := [name for name in level if name not in stopped and at[name] < epochs]:
         name = generator.choice(left)
         at[name] += 1
-        if rule.result(name, at[name], level[name] + generator.gauss(0, 10)):
+        score = round(level[name] + generator.gauss(0, 10), -1)  # some are equal
+        if rule.result(name, at[name], score):
             stopped[name] = at[name]
     return stopped
 

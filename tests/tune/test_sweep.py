@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from sweep_driver import ROOT, command, document, finish, kill, mlflow_points, outcome, wait_for_events
+from sweep_driver import ROOT, command, document, finish, kill, mlflow_points, mlflow_tags, outcome, wait_for_events
 from tiny_sweeps import make_sweep, sweep_file
 
 from bootvit.__main__ import main
@@ -81,6 +81,9 @@ def test_a_dry_run_prints_trials_resources_and_cost(
         "\nestimated cost: ",
     ):
         assert words in out
+    asha = "scheduler={name: asha, grace_epochs: 1, reduction: 2}"
+    assert main(["sweep", path, "--dry-run", asha]) == 0
+    assert "\nstops: decided after 1, 2 of 3 epochs\n" in capsys.readouterr().out
     optuna = [
         "search.algorithm=optuna",
         "search.samples=5",
@@ -120,6 +123,7 @@ def test_a_loss_that_is_not_finite_fails_its_trial_and_no_other(tmp_path: Path) 
     assert "\n" not in bad["reason"]
     result = json.loads((tmp_path / "runs" / "sweep" / bad["run"] / "result.json").read_text())
     assert (result["status"], result["reason"]) == ("failed", bad["reason"])
+    assert mlflow_tags(tmp_path / "mlflow.db", "bootvit.reason") == {f"sweep/{bad['id']}": bad["reason"]}
 
 
 @pytest.mark.cluster

@@ -115,6 +115,8 @@ class Shipper:
         config = self._make_config(trial)
         run = self._running.pop(trial.spec.id, None) or self._child(trial, config)
         run.connect()
+        if trial.reason:
+            run.set_tags({"bootvit.reason": trial.reason})
         path = config.run_dir / "result.json"
         result = checkpoint.read_json(path) | {"mlflow_run_id": run.run_id}
         checkpoint.write_json(path, result)
