@@ -64,6 +64,13 @@ class TrackedRun:
         """Find or create the run, if that is not done yet; False if the store failed, or failed a moment ago."""
         return self._attempt(lambda: None)
 
+    def set_tags(self, tags: Mapping[str, str]) -> bool:
+        """Set tags that were not known at the start; False if they wait for the store to answer again."""
+        with self._lock:
+            self._tags |= tags
+            self._unsent_tags |= tags
+            return self._attempt(lambda: None)
+
     # ------------------------------------------------------------------------------------- for subclasses
 
     def _attempt(self, action: Callable[[], None], *, now: bool = False) -> bool:
