@@ -15,12 +15,15 @@ from bootvit.tracking import Record, read_journal
 def follow_progress(config: Config, folder: RunFolder, stop: threading.Event, out: TextIO | None = None) -> None:
     """Show what the journal gains until `stop` is set and everything in it is shown."""
     view: _Bar | _Lines = _Bar(config) if (out or sys.stdout).isatty() else _Lines(config, out or sys.stdout)
-    offset = 0
+    offset, inode, shown = 0, -1, 0.0
     with view:
         while True:
             last = stop.wait(0.3)
-            records, offset = read_journal(folder.journal, offset)
-            view.show(records)
+            now = folder.journal.stat().st_ino if folder.journal.exists() else -1
+            cut = now != inode  # by a run that goes on: another file, in which the place means nothing
+            records, offset = read_journal(folder.journal, 0 if cut else offset)
+            view.show([record for record in records if record.time > shown] if cut else records)
+            inode, shown = now, records[-1].time if records else shown
             if last:
                 return
 

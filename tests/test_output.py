@@ -1,11 +1,13 @@
 """What is printed: a reader that leaves, a full disk below it, a poor encoding; and JSON that is JSON."""
 
+import io
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -13,11 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import TINY, write
+from helpers import TINY, tiny, write
 
 from bootvit.__main__ import main
 from bootvit.config import dump_config, make_config
 from bootvit.output import print_json
+from bootvit.progress import follow_progress
+from bootvit.runs import RunFolder
+from bootvit.tracking import Journal, Record
 
 BOOTVIT = [sys.executable, "-m", "bootvit"]
 TRAIN = ["train", "tiny.yaml", "--local", "schedule.epochs=1"]
@@ -155,3 +160,26 @@ def test_ctrl_c_while_the_packages_are_imported_is_one_line(here: Path) -> None:
     env = os.environ | {"PYTHONPATH": path}
     done = subprocess.run([*BOOTVIT, "models"], env=env, cwd=here, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "bootvit: interrupted\n")
+
+
+# ------------------------------------------------------------------------------------------------- progress
+
+
+def test_progress_goes_on_in_a_journal_that_was_cut(tmp_path: Path) -> None:
+    """As a resumed run cuts it, after its old lines were read; the new ones are of another length."""
+    folder, out, stop = RunFolder(tmp_path), io.StringIO(), threading.Event()
+    journal = Journal(folder.journal)
+    journal.write([Record(step, step, "test/vit/top1", 10.0 + step, float(step)) for step in (1, 2)])
+    thread = threading.Thread(target=follow_progress, args=(tiny(), folder, stop, out))
+    thread.start()
+    while "epoch 2/" not in out.getvalue():
+        time.sleep(0.01)
+    journal.cut(1)
+    journal.write([Record(step, step, "test/vit/top1", 40.12345678 + step, 10.0 + step) for step in (2, 3)])
+    stop.set()
+    thread.join()
+    assert [line.split("  ")[1:3] for line in out.getvalue().splitlines()] == [
+        ["epoch 2/3", "vit 11.0%"],
+        ["epoch 3/3", "vit 42.1%"],
+        ["epoch 4/3", "vit 43.1%"],
+    ]
