@@ -94,9 +94,22 @@ def test_the_answers_are_those_that_the_evaluation_counts(trained: MakeRun, caps
     for net in ("vit", "agent"):
         right = [max(r["classes"], key=r["classes"].get) in r["image"] for r in rows if r["network"] == net]
         assert (len(right), sum(right)) == (8, counts[net]["correct"])
+
+
+@pytest.mark.parametrize(("size", "data"), [(sizes, {}), (lambda number: (20, 30), {})], ids=["cropped", "resized"])
+def test_the_probabilities_are_those_of_the_evaluations_pixels(trained: MakeRun, size: Any, data: Any) -> None:
+    config, run_dir = trained(size, **data)
+    test = open_splits(config.data).test
+    assert test is not None
     learner = Learner(config, 2, ONE)
     learner.networks.load_state_dict(newest_checkpoint(run_dir)["learner"]["networks"])
-    assert sum(rows[0]["classes"].values()) == pytest.approx(1, abs=1e-5)
+    learner.networks.eval()
+    (batch,) = EvalBatches(test, config, rank=0, world=1, device="cpu")
+    with torch.no_grad():
+        wanted = learner.networks.features(batch.images)["agent"].logits.softmax(1)
+    rows = predict(config, run_dir, [Path("images/test") / key for key in test.keys])
+    got = [[row["classes"][name] for name in ("cat", "dog")] for row in rows if row["network"] == "agent"]
+    torch.testing.assert_close(torch.tensor(got), wanted, atol=2e-6, rtol=0)
 
 
 def test_bad_files_are_reported_and_the_others_answered(
