@@ -15,8 +15,7 @@ from bootvit.config import load_config
 from bootvit.runs import RunFolder, claim
 from tune.decide.log import Trial
 from tune.decide.population import exchange, mutate
-from tune.decide.search import Told, summary
-from tune.decide.select import WORST
+from tune.decide.select import WORST, Told, summary
 from tune.run.copying import copy_member
 from tune.spec.schema import Sweep
 from tune.spec.space import Spec, trial_config

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev
+from typing import NamedTuple
 
 from tune.decide.log import Trial
 from tune.spec.schema import Sweep
@@ -52,3 +53,21 @@ def score(trials: list[Trial]) -> Score:
     ordered = tuple(sorted(trials, key=lambda trial: trial.spec.seed))
     values = [trial.value for trial in ordered if trial.value is not None]
     return Score(ordered, fmean(values), stdev(values) if len(values) > 1 else None)
+
+
+class Told(NamedTuple):
+    """What a study was told of a setting."""
+
+    setting: str  # canonical
+    value: float | None  # None: nothing was measured
+    stopped_at: int | None  # epochs, where no seed of it has finished
+
+
+def summary(setting: str, trials: Sequence[Trial], worst: float | None) -> Told:
+    """The mean of the seeds that finished and of those that were stopped; what is no number counts as the worst."""
+    ended = [trial for trial in trials if trial.status in ("finished", "stopped") and trial.value is not None]
+    values = [trial.value if is_number(trial.value) else worst for trial in ended]
+    known = [value for value in values if value is not None]
+    finished = any(trial.status == "finished" for trial in ended)
+    stopped_at = None if finished else min((trial.epochs for trial in ended), default=None)
+    return Told(setting, fmean(known) if known else None, stopped_at)

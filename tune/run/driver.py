@@ -23,8 +23,8 @@ from tune.run.copying import copy_member
 from tune.run.data import check_data, plan
 from tune.run.folder import check_folder, claim_folder, read_state
 from tune.run.recording import Recording
-from tune.run.searchers import check_searcher, searcher_of
 from tune.run.trial import Job
+from tune.run.tune_searchers import check_searcher, searcher_of
 from tune.run.winners import TEST_LOG, Tests
 from tune.spec.load import load_sweep
 from tune.spec.schema import Sweep
@@ -195,7 +195,7 @@ class Driver:
         return execute(work, self._sweep.folder, "trials")
 
     def _work(self, room: Room, conductor: Conductor, job: Any) -> Any:
-        from tune.run.tuner import Work
+        from tune.run.work import Work
 
         sweep = self._sweep
         several = sweep.base.ray.num_workers > 1

@@ -14,7 +14,8 @@ from typing import Any
 from bootvit.errors import RunFailed, UserError
 from bootvit.train import importlib_missing
 from tune.decide.log import Trial
-from tune.decide.search import MakeSearcher, summary
+from tune.decide.search import MakeSearcher
+from tune.decide.select import summary
 from tune.spec.domain import Domain
 from tune.spec.schema import OWN, Sweep
 from tune.spec.space import Setting, canonical, domain_of, in_order, uniform

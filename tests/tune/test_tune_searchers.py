@@ -14,7 +14,7 @@ from tune.decide.conductor import Conductor
 from tune.decide.log import Log
 from tune.decide.search import make_source
 from tune.decide.stopping import Stopper
-from tune.run.searchers import check_searcher, searcher_of
+from tune.run.tune_searchers import check_searcher, searcher_of
 from tune.spec.schema import Sweep
 
 KD = "objective.vit.kd"
