@@ -282,6 +282,8 @@ def on_workers(
         return trainer.fit().return_value
     except TrainingFailedError as err:
         raise original_error(err) from err
+    except ray.exceptions.RayError as err:  # such as of Ray Train's own actor that was killed for want of memory
+        raise RunFailed(f"Ray failed: {type(err).__name__}: {str(err).strip().splitlines()[0]}") from err
     except SystemExit as err:  # Ray Train's answer to Ctrl-C, when it has stopped the workers
         raise KeyboardInterrupt from err
     finally:
