@@ -117,6 +117,8 @@ def test_a_trial_of_the_sweep_is_a_trial_of_tune(tmp_path: Path) -> None:
     assert sorted(Path(result.path).name for result in grid) == names
     by_name = {Path(result.path).name: result for result in grid}
     assert grid.num_errors == 0
+    assert grid.get_best_result(metric="value", mode="max").path.endswith(names[-1])
+    assert grid.get_best_result(metric="held_out/vit/top1", mode="min", scope="all").path.endswith(names[0])
     for number, name in enumerate(names):
         assert by_name[name].path == str(run.sweep.folder / "trials" / name)
         assert by_name[name].config == {KD: number + 1, "seed": 0}

@@ -125,8 +125,7 @@ class Observer(Unsaved, tune.Callback):  # type: ignore[misc]
         self._scheduler.began(trial)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: TuneTrial, **info: Any) -> None:
-        """Tune keeps its trials to the end of the sweep: their statistics and orders go now."""
-        trial.metric_analysis.clear()
+        """Tune keeps its trials to the end of the sweep: their last results and their orders go now."""
         trial.metric_n_steps.clear()
         trial.set_config({key: value for key, value in trial.config.items() if key != "job"})
         if trial.run_metadata.last_result:
