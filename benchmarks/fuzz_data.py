@@ -117,7 +117,7 @@ def one_image(rng: Rng) -> str:
         numbers = rng.random(24).tolist()
         for kind in ("area", "centre_crop", "resize"):
             with failing_as_broken():
-                pixels = Cut((32, 32), kind, flip=True)(image, numbers)  # type: ignore[arg-type]
+                pixels = Cut((32, 32), kind, flip=True)(image, numbers)
             if pixels.shape != (32, 32, 3) or pixels.dtype != np.uint8:
                 return f"wrong pixels: {pixels.shape} {pixels.dtype}"
     except BrokenImage:

@@ -142,6 +142,8 @@ class WorkerLoader:
                     iterator = iterator or iter(loader)
                     loaded = next(iterator)
                 except (RuntimeError, OSError) as err:
+                    if isinstance(err, RuntimeError) and not str(err).startswith("DataLoader worker"):
+                        raise
                     raise self._died(err) from err
                 batch = self._batch(part, loaded)
                 if training and not len(batch.labels):
@@ -150,11 +152,9 @@ class WorkerLoader:
         finally:
             del iterator  # ends the processes now, and not when an error's traceback is collected
 
-    def _died(self, err: Exception) -> Exception:
-        """What to raise for an error of the loader: one line where a process has died or could not be started."""
+    def _died(self, err: Exception) -> RunFailed:
+        """The one line for a loading process that has died or could not be started."""
         text = str(err).splitlines()[0] if str(err) else type(err).__name__
-        if not text.startswith("DataLoader worker") and not isinstance(err, OSError):
-            return err
         return RunFailed(
             f"data.workers={self._data.workers}: a process that loads images has died or could not be started "
             f"({text.split(' It is possible')[0]}): the machine may be out of memory; use fewer data.workers"
