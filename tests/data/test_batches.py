@@ -14,6 +14,7 @@ from data_making import config, picture, write_folder, write_hugging_face, write
 from bootvit.config import Config
 from bootvit.data import Batch, EvalBatches, Subset, TrainBatches, open_splits
 from bootvit.data.cache import cache_folder, decoded
+from bootvit.data.loaders import MemoryLoader, WorkerLoader
 from bootvit.data.randomness import permutation
 from bootvit.errors import UserError
 
@@ -174,6 +175,14 @@ def test_small_images_are_decoded_once_per_node(tmp_path: Path) -> None:
     assert set(os.listdir(cache_folder())) - before == made
     assert isinstance(second.pixels, np.memmap)
     np.testing.assert_array_equal(first.pixels, second.pixels)
+
+
+def test_small_images_are_evaluated_from_memory_and_large_ones_by_processes(tmp_path: Path) -> None:
+    write_small_parquet(tmp_path / "small")
+    write_folder(tmp_path / "large", "train", {"a": 4, "b": 4})
+    for source, name, kind in (("parquet", "small", MemoryLoader), ("imagefolder", "large", WorkerLoader)):
+        run = config(source=source, root=tmp_path / name, image_size=16, held_out=0.5)
+        assert type(evaluation(open_splits(run.data).held_out, run)._loader) is kind
 
 
 def test_changed_files_are_decoded_again(tmp_path: Path) -> None:
