@@ -62,16 +62,16 @@ def _read_all(table: ImageTable, processes: int) -> Iterator[Checked]:
     try:
         while chunks:
             done = 0
-            with ProcessPoolExecutor(processes, multiprocessing.get_context("fork")) as pool:
-                futures = [pool.submit(_read, rows) for rows in chunks]
-                try:
-                    for future in futures:
-                        yield future.result()
-                        done += 1
-                except BrokenProcessPool:
-                    pass  # what follows is about this chunk
-                finally:
-                    pool.shutdown(wait=False, cancel_futures=True)
+            pool = ProcessPoolExecutor(processes, multiprocessing.get_context("fork"))
+            futures = [pool.submit(_read, rows) for rows in chunks]
+            try:
+                for future in futures:
+                    yield future.result()
+                    done += 1
+            except BrokenProcessPool:
+                pass  # what follows is about this chunk
+            finally:
+                pool.shutdown(cancel_futures=True)
             if done < len(chunks):
                 yield _read_alone(chunks[done])
             chunks = chunks[done + 1 :]

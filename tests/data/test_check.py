@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -70,6 +72,13 @@ def test_an_image_that_kills_its_process_is_found_and_named(tmp_path: Path, monk
     assert names["a/img_0033.jpg"] == "the process that reads it dies: out of memory?"
     assert found.images == 150
     assert module._table is None
+
+
+def test_nothing_of_the_reading_processes_is_left_for_the_end_of_the_command(tmp_path: Path) -> None:
+    write_folder(tmp_path, "train", {"a": 90, "b": 60}, size=(16, 16))
+    check(table_of(tmp_path), "train", 2)
+    assert not [thread for thread in threading.enumerate() if "ExecutorManager" in type(thread).__name__]
+    assert not multiprocessing.active_children()
 
 
 def test_the_report_names_every_kind_of_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
