@@ -16,8 +16,9 @@ from pathlib import Path
 
 import yaml
 
-from bootvit.config import SHIPPED, Config, all_keys, dump_config, load_config
+from bootvit.config import SHIPPED, Config, all_keys, dump_config
 from bootvit.errors import RunFailed, UserError
+from bootvit.load import load_config
 from tune.spec.load import load_sweep
 from tune.spec.schema import SweepFile
 from tune.spec.space import check_space

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bootvit.checkpoint import write_json
-from bootvit.config import load_config
 from bootvit.data.batches import Batch
+from bootvit.files import write_json
 from bootvit.learner import Learner, World
+from bootvit.load import load_config
 from bootvit.models.agent import head_taps
 from bootvit.models.shared import SharedMixer
 from bootvit.tracking import source_version

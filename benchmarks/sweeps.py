@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from bootvit.checkpoint import write_json
+from bootvit.files import write_json
 from bootvit.tracking import source_version
 
 RUN = {

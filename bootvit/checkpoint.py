@@ -2,17 +2,14 @@
 
 import hashlib
 import io
-import json
-import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from bootvit.errors import UserError, naming
+from bootvit.errors import UserError
+from bootvit.files import read_json, write_atomic, write_json
 
 
 class Saved(NamedTuple):
@@ -22,39 +19,6 @@ class Saved(NamedTuple):
     epoch: int  # epochs completed
     step: int  # optimiser steps taken
     final: bool
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[BinaryIO]:
-    """A file to write, so that a reader, or a crash, sees the old one or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with naming(path), open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def write_atomic(path: Path, data: bytes) -> None:
-    """The same for what is there as a whole."""
-    with replacing(path) as file:
-        file.write(data)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """A JSON document, atomically."""
-    write_atomic(path, f"{json.dumps(value, indent=2, allow_nan=False)}\n".encode())
-
-
-def read_json(path: Path) -> Any:
-    """A JSON document; a broken file is a `UserError` that names it."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise UserError(f"{path}: not readable as JSON: {err}") from err
 
 
 def save(folder: Path, state: dict[str, Any], *, epoch: int, step: int, final: bool, keep: int = 2) -> Saved:

@@ -53,7 +53,7 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a run of this name first")] = False,
 ) -> None:
     """Train one run."""
-    from bootvit.config import load_config
+    from bootvit.load import load_config
     from bootvit.progress import print_result
     from bootvit.train import train as run
 
@@ -80,11 +80,11 @@ def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as
     """Evaluate a run's newest checkpoint: exact counts, whatever the batch and the number of workers."""
     from bootvit.evaluate import EVAL_KEYS
     from bootvit.evaluate import evaluate as score
+    from bootvit.load import change_config
     from bootvit.runs import open_run
-    from bootvit.train import with_overrides
 
     config, folder = open_run(run)
-    found = score(with_overrides(config, overrides or [], EVAL_KEYS), folder.path, local=local)
+    found = score(change_config(config, overrides or [], EVAL_KEYS), folder.path, local=local)
     for where, reason in found.skipped.items():
         typer.echo(f"bootvit: left out: {where}: {reason}", err=True)
     if as_json:
@@ -126,7 +126,8 @@ def predict(
 @app.command("config")
 def show_config(config: ConfigName, overrides: Overrides = None) -> None:
     """Print the resolved config; that file, run again, is the same run."""
-    from bootvit.config import dump_config, load_config
+    from bootvit.config import dump_config
+    from bootvit.load import load_config
 
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
 
@@ -148,8 +149,8 @@ def report(
 @data_app.command("info")
 def data_info(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> None:
     """What is in a data set."""
-    from bootvit.config import load_config
     from bootvit.data.info import describe
+    from bootvit.load import load_config
 
     _print_facts(describe(load_config(config, overrides or []).data), as_json)
 
@@ -157,8 +158,8 @@ def data_info(config: ConfigName, overrides: Overrides = None, as_json: Json = F
 @data_app.command("check")
 def data_check(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> int:
     """Read every image once, before somebody pays for a GPU; status 1 if something is wrong."""
-    from bootvit.config import load_config
     from bootvit.data.check import report
+    from bootvit.load import load_config
 
     found = report(load_config(config, overrides or []).data)
     if as_json:
@@ -184,8 +185,8 @@ def data_pack(
     as_json: Json = False,
 ) -> None:
     """Write Parquet files in which every fraction is a prefix."""
-    from bootvit.config import load_config
     from bootvit.data.pack import pack
+    from bootvit.load import load_config
 
     _print_facts(pack(load_config(config, overrides or []).data, out), as_json)
 
@@ -198,8 +199,8 @@ def data_fraction(
     as_json: Json = False,
 ) -> None:
     """The subset that `data.fraction` takes: its digest, size and classes."""
-    from bootvit.config import load_config
     from bootvit.data.info import fraction_keys, fraction_report
+    from bootvit.load import load_config
 
     data = load_config(config, overrides or []).data
     if keys:

@@ -21,12 +21,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from bootvit.checkpoint import write_atomic, write_json
 from bootvit.config import Config, Network
 from bootvit.data.facts import DataFacts, Preparation
 from bootvit.data.resize import centre_crop, covered, enlarge, normalise
 from bootvit.errors import RunFailed, UserError
 from bootvit.evaluate import newest_checkpoint
+from bootvit.files import write_atomic, write_json
 from bootvit.learner import Networks
 from bootvit.models import Features
 from bootvit.models.agent import Agent, TimmCNN

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from bootvit.config import SHIPPED, Config, flatten, read_layers
+from bootvit.config import SHIPPED, Config, flatten, leaves, read_layers
 from bootvit.data import DataSplits, way_of
 from bootvit.models.zoo import mirrors
 from bootvit.optim import network_optim, network_schedule
@@ -183,17 +183,7 @@ def _extends(now: dict[str, Any], preset: dict[str, Any]) -> bool:
 @lru_cache
 def _leaves(preset: str) -> dict[str, Any]:
     """{dotted key: value} of a preset's file."""
-    out: dict[str, Any] = {}
-
-    def walk(node: dict[str, Any], prefix: str) -> None:
-        for key, value in node.items():
-            if isinstance(value, dict):
-                walk(value, f"{prefix}{key}.")
-            else:
-                out[prefix + key] = value
-
-    walk(read_layers(SHIPPED / "presets" / f"{preset}.yaml"), "")
-    return out
+    return leaves(read_layers(SHIPPED / "presets" / f"{preset}.yaml"))
 
 
 def warn_of_idle_keys(config: Config, splits: DataSplits, *, local: bool) -> None:

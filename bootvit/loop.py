@@ -20,6 +20,7 @@ from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Counts, Learner, World
+from bootvit.result import Accuracy, Result, new_result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
 from bootvit.weights import warm_start
@@ -61,8 +62,8 @@ def fit(
     test: TestUse = "auto",
     on_epoch: Callable[[EpochReport], None] | None = None,
     keep: int = 2,
-) -> dict[str, Any]:
-    """Train from the newest checkpoint in `folder` (or from scratch) to the end; returns `result.json`'s content.
+) -> Result:
+    """Train from the newest checkpoint in `folder` (or from scratch) to the end; returns what `result.json` holds.
 
     `test` says when the test set is looked at: auto is every evaluation, but only the last one where a part of the
     training images is held out; never is for sweeps that retrain their winners.
@@ -72,14 +73,15 @@ def fit(
         try:
             report = next(run)
         except StopIteration as end:
-            return dict(end.value)
+            result: Result = end.value
+            return result
         if on_epoch is not None:
             on_epoch(report)
 
 
 def epochs(
     config: Config, world: World, folder: RunFolder, *, test: TestUse = "auto", keep: int = 2
-) -> Generator[EpochReport, None, dict[str, Any]]:
+) -> Generator[EpochReport, None, Result]:
     """`fit`, an epoch at a time: yields once an epoch's checkpoint is on disk, returns the result."""
     started = time.monotonic()
     splits = open_splits(config.data)
@@ -303,43 +305,37 @@ def summarise(
     scores: dict[str, Scores],
     folder: RunFolder,
     world: World,
-) -> dict[str, Any]:
-    """The content of result.json; `final` is the last epoch's, as in the paper, never the best one's."""
+) -> Result:
+    """What `result.json` says of a finished run; `final` is the last epoch's, as in the paper, never the best one's."""
     main = "test" if splits.test is not None else "held_out"
     records = read_journal(folder.journal)[0] if world.rank == 0 else []
-    return {
-        "name": config.name,
-        "method": config.method,
-        "status": "finished",
-        "epochs": at.epoch,
-        "final": percent(scores.get(main)),
-        "best": best(records, main, config.networks),
-        "held_out": percent(scores.get("held_out")),
-        "images_per_second": round(at.images / max(at.train_seconds, 1e-9), 2),
-        "seconds": round(at.seconds, 3),
-        "gpu_seconds": round(at.seconds * world.size, 3) if world.device.type == "cuda" else 0.0,
-        "fraction": config.data.fraction,
-        "seed": config.seed,
-        "data_fingerprint": splits.fingerprint,
-        "subset_digest": splits.train.digest,
-        "steps": at.step,
-        "skipped": len(at.skipped),
-        "skipped_images": [f"{where}: {reason}" for where, reason in sorted(at.skipped.items())][:NAMED],
-        "git": None,
-        "mlflow_run_id": None,
-    }
+    result = new_result(config, "finished", at.epoch, fingerprint=splits.fingerprint, digest=splits.train.digest)
+    result.update(
+        {
+            "steps": at.step,
+            "final": percent(scores.get(main)),
+            "best": best(records, main, config.networks),
+            "held_out": percent(scores.get("held_out")),
+            "images_per_second": round(at.images / max(at.train_seconds, 1e-9), 2),
+            "seconds": round(at.seconds, 3),
+            "gpu_seconds": round(at.seconds * world.size, 3) if world.device.type == "cuda" else 0.0,
+            "skipped": len(at.skipped),
+            "skipped_images": [f"{where}: {reason}" for where, reason in sorted(at.skipped.items())][:NAMED],
+        }
+    )
+    return result
 
 
-def percent(scores: Scores | None) -> dict[str, Any] | None:
+def percent(scores: Scores | None) -> Accuracy | None:
     """{"vit": {"top1", "top5"}, ...} in percent."""
     if scores is None:
         return None
     return {net: {"top1": round(c.top1, 4), "top5": round(c.top5, 4)} for net, c in scores.items()}
 
 
-def best(records: list[Record], split: str, networks: tuple[Network, ...]) -> dict[str, Any]:
+def best(records: list[Record], split: str, networks: tuple[Network, ...]) -> dict[Network, dict[str, Any]]:
     """Each network's best evaluation during the run, and after how many epochs it was."""
-    out: dict[str, Any] = {}
+    out: dict[Network, dict[str, Any]] = {}
     for net in networks:
         top1 = {r.epoch: r.value for r in records if r.name == f"{split}/{net}/top1"}
         top5 = {r.epoch: r.value for r in records if r.name == f"{split}/{net}/top5"}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import Any, TextIO
+from typing import TextIO
 
 from bootvit.config import Config
+from bootvit.result import Result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Record, read_journal
 
@@ -40,7 +41,7 @@ def speak(values: dict[str, float], names: tuple[str, ...]) -> str:
     return "  ".join(parts)
 
 
-def print_result(result: dict[str, Any]) -> None:
+def print_result(result: Result) -> None:
     """The final table of a run."""
     from rich.console import Console
     from rich.table import Table

@@ -5,12 +5,15 @@ import secrets
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from bootvit import checkpoint
-from bootvit.config import Config, dump_config, flatten, load_config
+from bootvit.config import Config, dump_config, flatten
 from bootvit.data.facts import DataFacts
 from bootvit.errors import RunFailed, UserError
+from bootvit.files import read_json, write_atomic, write_json
+from bootvit.load import load_config
+from bootvit.result import Result, read_result
 
 # what may differ between a run and its resumption: where and how fast it runs, not what it computes
 FREE_ON_RESUME = ("name", "ray.", "tracking.", "data.root", "data.workers", "data.eval_batch_size", "compile")
@@ -46,13 +49,13 @@ class RunFolder:
     def check_lease(self) -> None:
         """Raise `RunFailed` if another driver has taken the run: workers of a killed driver live on for seconds."""
         held = self.path / "lease.json"
-        if self.lease is None or not held.exists() or checkpoint.read_json(held)["id"] != self.lease:
+        if self.lease is None or not held.exists() or read_json(held)["id"] != self.lease:
             raise RunFailed(f"{self.path}: another process has taken over this run; this one stops")
 
-    def write_result(self, result: dict[str, Any]) -> None:
+    def write_result(self, result: Result) -> None:
         """Replace result.json."""
         self.check_lease()
-        checkpoint.write_json(self.result, result)
+        write_json(self.result, result)
 
 
 State = Literal["absent", "unfinished", "finished"]
@@ -63,7 +66,7 @@ def run_state(path: Path) -> State:
     folder = RunFolder(path)
     if not folder.config.exists():
         return "absent"
-    finished = folder.result.exists() and checkpoint.read_json(folder.result)["status"] == "finished"
+    finished = folder.result.exists() and read_result(folder.result)["status"] == "finished"
     return "finished" if finished else "unfinished"
 
 
@@ -84,7 +87,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
         return RunFolder(path), state
     path.mkdir(parents=True, exist_ok=True)
     # the config first: a process that is killed between the two leaves an unfinished run, not a foreign folder
-    checkpoint.write_atomic(path / "config.yaml", dump_config(config).encode())
+    write_atomic(path / "config.yaml", dump_config(config).encode())
     folder = take_lease(path)
     folder.result.unlink(missing_ok=True)
     return folder, state
@@ -93,7 +96,7 @@ def claim(config: Config, *, resume: bool, overwrite: bool) -> tuple[RunFolder, 
 def take_lease(path: Path) -> RunFolder:
     """Become the only writer of a run: whoever held its lease before stops at the next write."""
     folder = RunFolder(path, secrets.token_hex(8))
-    checkpoint.write_json(path / "lease.json", {"id": folder.lease})
+    write_json(path / "lease.json", {"id": folder.lease})
     return folder
 
 

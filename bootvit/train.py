@@ -10,7 +10,7 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
@@ -18,22 +18,24 @@ from typing import Any, Literal
 import torch
 
 from bootvit import checkpoint
-from bootvit.config import Config, flatten, load_config, make_config, merge, nest, override, parse_override, validate
+from bootvit.config import Config, override, validate
 from bootvit.data import DataSplits, facts_of, open_splits
 from bootvit.errors import RunFailed, UserError
 from bootvit.idle import warn_of_idle_keys
 from bootvit.learner import World
+from bootvit.load import load_config
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
 from bootvit.models.zoo import check_batches
 from bootvit.progress import follow_progress
 from bootvit.ray_connection import check_address, one_line_for, session_folder
+from bootvit.result import Result, RunStatus, new_result, read_result
 from bootvit.runs import RunFolder, check_same_data, check_storage, claim
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 from bootvit.weights import check_weights
 
 
-def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
-    """Train one run to its end and return the content of its `result.json`.
+def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool = False) -> Result:
+    """Train one run to its end and return what its `result.json` says.
 
     Raises `UserError` before anything is taken, and `RunFailed` for a run that could not go on.
     """
@@ -49,7 +51,7 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
         was = override(load_config(str(folder.config)), {"tracking": config.tracking.model_dump(mode="json")})
         if (tracked := open_tracking(was, folder, splits)) is not None:
             tracked.sync()  # what a server that was down has not got yet
-        return dict(checkpoint.read_json(folder.result))
+        return read_result(folder.result)
     warn_of_idle_keys(config, splits, local=local)
     for note in splits.notes:
         print(f"note: {note}", flush=True)
@@ -79,11 +81,11 @@ def finish(
     config: Config,
     folder: RunFolder,
     splits: DataSplits,
-    run: Callable[[], dict[str, Any]],
+    run: Callable[[], Result],
     follower: Follower | None,
-) -> dict[str, Any]:
+) -> Result:
     """Run it, and record how it ended in result.json and MLflow, whatever happens."""
-    ends: dict[type[BaseException], Literal["failed", "interrupted"]] = {
+    ends: dict[type[BaseException], RunStatus] = {
         KeyboardInterrupt: "interrupted",
         RunFailed: "failed",
         UserError: "failed",
@@ -103,10 +105,10 @@ def finish(
 
 def record(
     folder: RunFolder,
-    result: dict[str, Any],
+    result: Result,
     status: Literal["FINISHED", "FAILED", "KILLED"],
     follower: Follower | None,
-) -> dict[str, Any]:
+) -> Result:
     """Write result.json, at first without MLflow's id, which may not be there yet, and let MLflow know of the end."""
     result = result | {"git": source_version(), "mlflow_run_id": None}
     folder.write_result(result)
@@ -120,25 +122,16 @@ def record(
     return result
 
 
-def unfinished(config: Config, splits: DataSplits, status: str, err: BaseException) -> dict[str, Any]:
-    """result.json of a run that did not finish."""
-    return {
-        "name": config.name,
-        "method": config.method,
-        "status": status,
-        "reason": str(err) or type(err).__name__,
-        "epochs": max((s.epoch for s in checkpoint.described(config.run_dir / "checkpoints")), default=0),
-        "final": None,
-        "best": {},
-        "held_out": None,
-        "images_per_second": None,
-        "seconds": None,
-        "gpu_seconds": None,
-        "fraction": config.data.fraction,
-        "seed": config.seed,
-        "data_fingerprint": splits.fingerprint,
-        "subset_digest": splits.train.digest,
-    }
+def unfinished(config: Config, splits: DataSplits, status: RunStatus, err: BaseException) -> Result:
+    """What is known of a run that did not finish."""
+    return new_result(
+        config,
+        status,
+        max((s.epoch for s in checkpoint.described(config.run_dir / "checkpoints")), default=0),
+        reason=str(err) or type(err).__name__,
+        fingerprint=splits.fingerprint,
+        digest=splits.train.digest,
+    )
 
 
 def open_tracking(config: Config, folder: RunFolder, splits: DataSplits) -> MlflowRun | None:
@@ -179,7 +172,7 @@ def run_local(
     test: TestUse = "auto",
     on_epoch: Callable[[EpochReport], None] | None = None,
     keep: int = 2,
-) -> dict[str, Any]:
+) -> Result:
     """The loop in this process: no Ray, no process group."""
     world = World(0, 1, pick_device(config.ray.use_gpu))
     return fit(config, world, folder, test=test, on_epoch=on_epoch, keep=keep)
@@ -245,10 +238,11 @@ def importlib_missing(name: str) -> bool:
     return find_spec(name) is None
 
 
-def run_under_ray(config: Config, folder: RunFolder) -> dict[str, Any]:
+def run_under_ray(config: Config, folder: RunFolder) -> Result:
     """The loop on `ray.num_workers` workers; returns rank 0's result."""
     job = {"config": config.model_dump(mode="json"), "folder": str(folder.path), "lease": folder.lease}
-    return dict(on_workers(config, train_worker, job, config.ray.max_failures))
+    result: Result = on_workers(config, train_worker, job, config.ray.max_failures)
+    return result
 
 
 def on_workers(
@@ -312,7 +306,7 @@ def clear_ray_storage(config: Config) -> None:
     shutil.rmtree(config.run_dir.parent / f".ray-{config.name}-{os.getpid()}", ignore_errors=True)
 
 
-def train_worker(job: dict[str, Any]) -> dict[str, Any]:
+def train_worker(job: dict[str, Any]) -> Result:
     """One worker of Ray Train: the loop, with a report an epoch as a sign of life."""
     import ray.train
 
@@ -334,20 +328,3 @@ def ray_world(config: Config) -> World:
     torch.set_num_threads(max(1, int(config.ray.cpus_per_worker)))
     context = ray.train.get_context()
     return World(context.get_world_rank(), context.get_world_size(), get_device())
-
-
-def with_overrides(config: Config, overrides: Sequence[str], free: tuple[str, ...]) -> Config:
-    """A run's config with `KEY=VALUE` overrides of keys that begin as one of `free` says, checked again."""
-    data = config.model_dump(mode="json")
-    origins = {}
-    for text in overrides:
-        key, value = parse_override(text)
-        data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
-    changed = make_config(data, config.name, origins)
-    was = flatten(config)
-    for key, value in flatten(changed).items():
-        if was.get(key) != value and not key.startswith(free):
-            raise UserError(
-                f"{key}={value}: the run was trained with {was.get(key)}; only {', '.join(free)} may differ"
-            )
-    return changed

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from bootvit import checkpoint
 from bootvit.config import Config, Network
 from bootvit.errors import RunFailed, UserError
+from bootvit.files import read_json
 from bootvit.learner import Networks
 from bootvit.models.agent import TimmCNN
 from bootvit.models.zoo import build_vit, pretrained
@@ -150,7 +151,7 @@ def from_file(config: Config, net: Network, path: Path) -> Source:
     about = path.with_name("config.json")
     if path.name != "model.safetensors" or not about.is_file():
         return Source(tensors, foreign=True)
-    described = checkpoint.read_json(about)
+    described = read_json(about)
     labels, size = described.get("label_names"), described.get("pretrained_cfg", {}).get("input_size")
     grid = grid_of(tensors, size[1:]) if size else None
     return Source(tensors, tuple(labels) if labels else None, grid, foreign=grid is None)

@@ -15,17 +15,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from bootvit.config import (
-    find_config,
-    load_config,
-    merge,
-    nest,
-    parents_of,
-    parse_override,
-    parse_yaml,
-    read_layers,
-)
+from bootvit.config import find_config, layers, merge, nest, read_layers, with_overrides
 from bootvit.errors import UserError
+from bootvit.load import load_config
 from cluster.capacity import Workers, train_workers, trial_workers
 
 VERBS = ("train", "sweep")
@@ -78,7 +70,7 @@ class Checked(NamedTuple):
 
 def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
     config = load_config(str(path), overrides)
-    _check_places(_overridden(read_layers(path), overrides), str(path), env)
+    _check_places(with_overrides(read_layers(path), overrides)[0], str(path), env)
     return Checked(config.name, path, train_workers(config))
 
 
@@ -96,15 +88,9 @@ def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
     raw = read_layers(base)
     for key, value in sweep.file.set.items():
         raw = merge(raw, nest(key, value))
-    _check_places(_overridden(raw, [text for text in overrides if text not in own]), str(base), env)
+    for_base = [text for text in overrides if text not in own]
+    _check_places(with_overrides(raw, for_base)[0], str(base), env)
     return Checked(sweep.file.name, base, trial_workers(sweep))
-
-
-def _overridden(raw: dict[str, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """A config as it is written, before its places are resolved against this folder, with the command's own words."""
-    for text in overrides:
-        raw = merge(raw, nest(*parse_override(text)))
-    return raw
 
 
 # ------------------------------------------------------------------------------------------------- places
@@ -165,13 +151,12 @@ def _get(tree: dict[str, Any], key: str) -> Any:
 
 def _files(path: Path) -> set[Path]:
     """The file and all that it extends, resolved; names that only this machine knows are refused."""
-    path = path.resolve()
-    data = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path)) or {}
-    found = {path}
-    for parent in parents_of(data, path):
-        if re.match(r"[/~]", parent):
-            raise UserError(f"{path}: extends {parent!r}: a job needs it relative to the file")
-        found |= _files(path.parent / parent)
-    if isinstance(base := data.get("base"), str) and re.match(r"[/~]", base):
-        raise UserError(f"{path}: base={base}: a job needs it relative to the file")
-    return found
+    found = list(layers(path))
+    for layer in found:
+        base = layer.data.get("base")
+        named = {"extends": layer.extends, "base": [base] if isinstance(base, str) else []}
+        for key, places in named.items():
+            for place in places:
+                if re.match(r"[/~]", place):
+                    raise UserError(f"{layer.path}: {key}={place}: a job needs it relative to the file")
+    return {layer.path for layer in found}

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
-from bootvit.config import Config, make_config, merge, nest
+from bootvit.config import Config, merge, nest
 from bootvit.data.batches import Batch
 from bootvit.learner import World
+from bootvit.load import make_config
 
 ONE = World(0, 1, torch.device("cpu"))
 

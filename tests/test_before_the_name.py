@@ -8,10 +8,11 @@ import torch
 from helpers import ONE, TINY, tiny, write
 
 from bootvit.__main__ import main
-from bootvit.config import Config, dump_config, load_config, make_config, override
+from bootvit.config import Config, dump_config, override
 from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Learner
+from bootvit.load import load_config, make_config
 from bootvit.models.zoo import check_batches
 from bootvit.runs import check_storage
 from tune.run.data import check_data

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from bootvit import checkpoint
+from bootvit import checkpoint, files
 from bootvit.errors import UserError
+from bootvit.files import write_atomic
 
 
 def save(folder: Path, epoch: int) -> checkpoint.Saved:
@@ -52,12 +53,12 @@ def test_a_pickle_is_not_run(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    checkpoint.write_atomic(tmp_path / "a", b"old")
+    write_atomic(tmp_path / "a", b"old")
 
     def crash(fd: int) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(checkpoint.os, "fsync", crash)
+    monkeypatch.setattr(files.os, "fsync", crash)
     with pytest.raises(OSError, match="disk full"):
-        checkpoint.write_atomic(tmp_path / "a", b"new")
+        write_atomic(tmp_path / "a", b"new")
     assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a", b"old")]

@@ -12,7 +12,8 @@ from helpers import TINY, write
 from PIL import Image
 
 from bootvit.__main__ import main
-from bootvit.config import dump_config, make_config, merge
+from bootvit.config import dump_config, merge
+from bootvit.load import make_config
 
 
 @pytest.fixture

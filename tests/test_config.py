@@ -1,14 +1,16 @@
 """The schema: files, `extends`, overrides, and the one line that a mistake gets."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from helpers import write
 
-from bootvit.config import SHIPPED, all_keys, dump_config, flatten, load_config, parse_override
+from bootvit.config import SHIPPED, all_keys, dump_config, flatten, parse_override
 from bootvit.config import Config as Schema
 from bootvit.errors import UserError
+from bootvit.load import load_config
 
 
 def test_files_extend_one_another_and_later_ones_win(tmp_path: Path) -> None:
@@ -210,3 +212,9 @@ def test_a_file_that_is_not_utf_8_is_one_line(data: bytes, tmp_path: Path) -> No
     path.write_bytes(data)
     with pytest.raises(UserError, match=r"x\.yaml: cannot be read"):
         load_config(str(path))
+
+
+@pytest.mark.parametrize("file", sorted((SHIPPED.parent / "bootvit" / "config").glob("*.py")), ids=lambda file: file.stem)
+def test_the_schema_and_its_files_know_nothing_of_models_or_data(file: Path) -> None:
+    found = re.findall(r"^\s*(?:from|import) (bootvit[\w.]*|torch|timm)", file.read_text(), re.MULTILINE)
+    assert {name for name in found if not name.startswith(("bootvit.config", "bootvit.errors"))} == set()

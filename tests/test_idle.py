@@ -7,9 +7,10 @@ import pytest
 from helpers import TINY, write
 
 from bootvit.__main__ import main
-from bootvit.config import SHIPPED, all_keys, dump_config, load_config, make_config
+from bootvit.config import SHIPPED, all_keys, dump_config
 from bootvit.config import Config as Schema
 from bootvit.idle import RULES, idle_keys
+from bootvit.load import load_config, make_config
 
 RUNS = sorted(p for p in SHIPPED.rglob("*.yaml") if not {"presets", "sweeps"} & set(p.parts))
 FROM_SCRATCH = ["model.vit.weights=null", "model.agent.weights=null"]  # there is no hub in a test

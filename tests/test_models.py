@@ -6,9 +6,9 @@ import torch
 from helpers import tiny
 from torch import Tensor, nn
 
-from bootvit.config import load_config
 from bootvit.errors import UserError
 from bootvit.learner import Networks
+from bootvit.load import load_config
 from bootvit.models.agent import HeadTapConv, head_taps
 from bootvit.models.shared import SharedMixer, shift_heads
 from bootvit.models.vit import EntmaxAttention, vit_features

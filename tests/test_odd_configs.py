@@ -8,8 +8,9 @@ import pytest
 from helpers import write
 
 from benchmarks.fuzz_configs import run
-from bootvit.config import Config, flatten, load_config, parse_yaml
+from bootvit.config import Config, flatten, parse_yaml
 from bootvit.errors import UserError
+from bootvit.load import load_config
 from cluster.command import check_command
 from tune.spec.load import load_sweep
 

@@ -18,7 +18,8 @@ import torch
 from helpers import TINY, tiny, write
 
 from bootvit.__main__ import main
-from bootvit.config import dump_config, make_config
+from bootvit.config import dump_config
+from bootvit.load import make_config
 from bootvit.output import print_json
 from bootvit.progress import follow_progress
 from bootvit.runs import RunFolder

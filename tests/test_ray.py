@@ -16,7 +16,8 @@ from helpers import TINY, write
 
 from bootvit import checkpoint
 from bootvit.__main__ import main
-from bootvit.config import dump_config, make_config, merge
+from bootvit.config import dump_config, merge
+from bootvit.load import make_config
 
 SYNCED = {"model": {"agent": {"sync_norm": True}}, "data": {"batch_size": 31}, "precision": "fp64"}
 

@@ -13,8 +13,9 @@ from helpers import TINY, write
 
 from bootvit import ray_connection
 from bootvit.__main__ import main
-from bootvit.config import dump_config, make_config
+from bootvit.config import dump_config
 from bootvit.errors import UserError
+from bootvit.load import make_config
 from bootvit.ray_connection import SOCKET, SOCKET_LIMIT, check_address, one_line_for, session_folder
 
 SETTINGS = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])  # how a gRPC server begins

@@ -12,10 +12,11 @@ from safetensors.torch import load_file
 
 from bootvit import checkpoint
 from bootvit.__main__ import main
-from bootvit.config import Config, load_config
+from bootvit.config import Config
 from bootvit.data.batches import Batch
 from bootvit.errors import UserError
 from bootvit.learner import Learner
+from bootvit.load import load_config
 from bootvit.reference import WeightNames, read_settings, translate
 from bootvit.reference.importing import import_checkpoint
 

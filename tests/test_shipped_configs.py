@@ -6,8 +6,9 @@ import pytest
 import torch
 from helpers import ONE
 
-from bootvit.config import SHIPPED, load_config
+from bootvit.config import SHIPPED
 from bootvit.learner import Networks
+from bootvit.load import load_config
 from bootvit.loop import fit
 from bootvit.runs import claim
 

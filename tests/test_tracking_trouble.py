@@ -12,7 +12,8 @@ import pytest
 from helpers import TINY, tiny, write
 
 from bootvit.__main__ import main
-from bootvit.config import dump_config, make_config
+from bootvit.config import dump_config
+from bootvit.load import make_config
 from bootvit.tracking import Follower, MlflowRun, follow
 from bootvit.tracking.store import connect, public, wrong_form
 

@@ -1,26 +1,24 @@
-"""`load_config("digits/joint", ["data.fraction=0.1"])`: files, what they extend, and overrides as one checked `Config`.
+"""The one schema, the files that fill it in, and the line that a mistake gets; it knows no model and no data set.
 
-`dump_config` writes it back; the two are inverse.
+`bootvit.load.load_config` is what makes a config to train from; `dump_config` writes it back, and the two are inverse.
 """
 
-from bootvit.config.load import (
+from bootvit.config.files import (
     SHIPPED,
-    all_keys,
     dump_config,
     find_config,
     flatten,
-    load_config,
-    make_config,
+    layers,
+    leaves,
     merge,
     nest,
     override,
-    parents_of,
     parse_override,
+    read_config,
     read_layers,
-    shown,
-    suggest,
-    validate,
+    with_overrides,
 )
+from bootvit.config.messages import all_keys, place_of, suggest, validate
 from bootvit.config.schema import (
     AgentConfig,
     AgentOptimConfig,
@@ -66,17 +64,18 @@ __all__ = [
     "dump_config",
     "find_config",
     "flatten",
-    "load_config",
-    "make_config",
+    "layers",
+    "leaves",
     "merge",
     "nest",
     "override",
     "pair",
-    "parents_of",
     "parse_override",
     "parse_yaml",
+    "place_of",
+    "read_config",
     "read_layers",
-    "shown",
     "suggest",
     "validate",
+    "with_overrides",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -12,6 +12,7 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
 from torch import nn
 
+from bootvit.config import AgentConfig, Config, Network, ViTConfig, pair
 from bootvit.errors import UserError
 from bootvit.models.agent import (
     Agent,
@@ -29,9 +30,6 @@ from bootvit.models.agent import (
 )
 from bootvit.models.shared import SharedMixer, SharedMLP
 from bootvit.models.vit import EntmaxAttention, FixedEntmaxAttention, init_as_reference
-
-if TYPE_CHECKING:
-    from bootvit.config import AgentConfig, Config, Network, ViTConfig
 
 __all__ = [
     "ViTShape",
@@ -137,8 +135,6 @@ def named_shape(name: str) -> ViTShape:
 
 def vit_shape(vit: ViTConfig) -> ViTShape:
     """The named shape with the config's own sizes in it; raises `UserError` where heads do not divide the width."""
-    from bootvit.config import pair
-
     named = named_shape(vit.name)
     shape = ViTShape(
         width=vit.width or named.width,
@@ -325,8 +321,6 @@ def agent_maps(config: Config) -> list[tuple[int, int]]:
 
 def agent_patch(cfg: AgentConfig, shape: ViTShape) -> tuple[int, int]:
     """(rows, cols) of the patch stem's patches."""
-    from bootvit.config import pair
-
     return pair(cfg.patch) if cfg.patch else shape.patch
 
 

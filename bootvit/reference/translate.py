@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bootvit.config import Config, Network, make_config, merge, nest, parse_override
+from bootvit.config import Config, Network, merge, with_overrides
 from bootvit.errors import UserError
+from bootvit.load import make_config
 from bootvit.models.zoo import agent_maps, poolable, vit_grid, vit_shape
 from bootvit.reference.files import Node
 from bootvit.reference.networks import ReadAgent, ReadViT, read_agent, read_shared_agent, read_vit
@@ -36,7 +37,7 @@ def translate(settings: Mapping[str, Any], origin: str, overrides: Sequence[str]
     Raises `UserError` for what the reference refuses or would fail at, and for what we do not support, by name.
     """
     top = Node(settings, f"{origin}: ")
-    own, origins = _parse(overrides)
+    own, origins = with_overrides({}, overrides)
     if top.has("mutual"):
         mutual = top.section("mutual")
         shared = mutual.only("joint_training", (True, False), default=False)
@@ -48,16 +49,6 @@ def translate(settings: Mapping[str, Any], origin: str, overrides: Sequence[str]
     if hint is not None:
         _check_hint(hint, config)
     return config
-
-
-def _parse(overrides: Sequence[str]) -> tuple[Sections, dict[str, str]]:
-    own: Sections = {}
-    origins = {}
-    for text in overrides:
-        key, value = parse_override(text)
-        own = merge(own, nest(key, value))
-        origins[key] = f"override {text!r}"
-    return own, origins
 
 
 def _common(top: Node, sections: Sections, given: Mapping[str, Any]) -> Sections:

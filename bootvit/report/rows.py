@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,8 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from bootvit.config import parse_yaml
+from bootvit.config import leaves, parse_yaml
 from bootvit.errors import UserError
+from bootvit.files import read_json
 from bootvit.tracking.journal import parse_record
 from bootvit.tracking.tags import data_name, param_text
 
@@ -86,7 +86,7 @@ def read_run(folder: Path) -> RunRow:
     """One run directory; `UserError` names a file that is broken or missing."""
     config = read_config(folder / "config.yaml")
     path = folder / "result.json"
-    result: dict[str, Any] = read_json(path) if path.exists() else {"status": "unfinished"}
+    result: dict[str, Any] = read_object(path) if path.exists() else {"status": "unfinished"}
     curves = read_curves(folder / "metrics.jsonl")
     try:
         return RunRow(
@@ -155,23 +155,12 @@ def read_config(path: Path) -> dict[str, str]:
         raise UserError(f"{path}: cannot be read: {err}") from err
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a run's config")
-    return dict(_leaves(tree, ""))
+    return {key: param_text(value) for key, value in leaves(tree).items()}
 
 
-def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, str]]:
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", param_text(value)
-
-
-def read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON object; anything else is a `UserError` that names the file."""
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as err:
-        raise UserError(f"{path}: not valid JSON: {err}") from err
+    document = read_json(path)
     if not isinstance(document, dict):
         raise UserError(f"{path}: expected a JSON object, not {type(document).__name__}")
     return document

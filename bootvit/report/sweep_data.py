@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bootvit.errors import UserError
-from bootvit.report.rows import RunRow, read_config, read_json, top1
+from bootvit.report.rows import RunRow, read_config, read_object, top1
 from bootvit.report.tables import Column, Line, Table, average, line_order
 from bootvit.tracking.tags import data_name, param_text
 
@@ -87,7 +87,7 @@ def read_sweep(folder: Path) -> Sweep:
     path = folder / "sweep.json"
     if not path.exists():
         raise UserError(f"{path}: no such file; run: bootvit sweep SWEEP")
-    document = read_json(path)
+    document = read_object(path)
     try:
         cpus = float((document.get("resources") or {}).get("cpu", 1))
         trials = tuple(_trial(folder, data, cpus) for data in document["trials"])

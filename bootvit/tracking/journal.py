@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bootvit.errors import UserError, naming
+from bootvit.files import replacing
 
 
 class Record(NamedTuple):
@@ -39,12 +40,8 @@ class Journal:
         """Drop what lies beyond `step`, and a torn last line, in one atomic replacement of the file."""
         if not self.path.exists():
             return
-        temporary = self.path.with_name(f"{self.path.name}.{os.getpid()}.tmp")
-        with naming(self.path), self.path.open("rb") as old, temporary.open("wb") as new:
+        with self.path.open("rb") as old, replacing(self.path) as new:
             new.writelines(line for line in old if line.endswith(b"\n") and _step(line, self.path) <= step)
-            new.flush()
-            os.fsync(new.fileno())
-        os.replace(temporary, self.path)
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:

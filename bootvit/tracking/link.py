@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import uuid
 from pathlib import Path
 from typing import Literal
@@ -11,6 +9,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bootvit.errors import UserError
+from bootvit.files import write_json
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -43,6 +42,4 @@ class RunLink(BaseModel):
     def save(self, path: Path) -> None:
         """Replace the file as a whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        temporary.write_text(json.dumps(self.model_dump(), indent=1) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        write_json(path, self.model_dump())

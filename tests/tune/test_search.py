@@ -11,7 +11,7 @@ import pytest
 from tiny_sweeps import make_conductor, make_sweep, run
 
 from bootvit import checkpoint
-from bootvit.config import load_config
+from bootvit.load import load_config
 from bootvit.runs import RunFolder, claim
 from tune.decide.log import Trial
 from tune.decide.population import exchange, mutate

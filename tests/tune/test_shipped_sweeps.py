@@ -23,7 +23,8 @@ def test_every_trial_can_be_built(path: Path) -> None:
 
 def test_the_imagenet_sweep_follows_the_rows_of_the_paper() -> None:
     """With the paper's hint weight each method's trial is the row's shipped config, but for what a sweep decides."""
-    from bootvit.config import flatten, load_config
+    from bootvit.config import flatten
+    from bootvit.load import load_config
 
     sweep = load_sweep("sweeps/imagenet-fractions")
     rows = {"vit": "vit-base", "joint": "joint-base", "shared": "shared-base", "agent": "agent-base-resnet"}

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bootvit import checkpoint
 from bootvit.errors import RunFailed, UserError, naming
+from bootvit.files import read_json, write_atomic, write_json
 from tune.spec.space import Setting, Spec
 
 Event = dict[str, Any]
@@ -26,13 +26,13 @@ class Log:
         self.path, self._lease = path, secrets.token_hex(8)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._held = path.with_name(f"{path.stem}.lease.json")
-        checkpoint.write_json(self._held, {"id": self._lease})
+        write_json(self._held, {"id": self._lease})
         self.events = list(read_events(path))
-        checkpoint.write_atomic(path, "".join(f"{json.dumps(event)}\n" for event in self.events).encode())
+        write_atomic(path, "".join(f"{json.dumps(event)}\n" for event in self.events).encode())
 
     def write(self, event: Event) -> None:
         """Append an event and flush it; `RunFailed` if another driver has taken the sweep over."""
-        if checkpoint.read_json(self._held)["id"] != self._lease:
+        if read_json(self._held)["id"] != self._lease:
             raise RunFailed(f"{self.path.parent}: another process has taken over this sweep; this one stops")
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write(f"{json.dumps(event)}\n")

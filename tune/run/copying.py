@@ -7,6 +7,7 @@ from pathlib import Path
 
 from bootvit import checkpoint
 from bootvit.config import Config, dump_config
+from bootvit.files import read_json, write_atomic, write_json
 
 
 def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> None:
@@ -16,7 +17,7 @@ def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> N
     `fork.json` is written last: only with it the copy has happened.
     """
     mark = run_dir / "fork.json"
-    if mark.exists() and checkpoint.read_json(mark)["epoch"] >= epoch:
+    if mark.exists() and read_json(mark)["epoch"] >= epoch:
         return
     saved = next(s for s in checkpoint.described(donor_dir / "checkpoints") if s.epoch == epoch)
     old, new = run_dir / "checkpoints", run_dir / ".checkpoints.new"
@@ -24,9 +25,9 @@ def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> N
     new.mkdir()
     shutil.copyfile(saved.path, new / saved.path.name)
     description = saved.path.with_suffix(".json")
-    checkpoint.write_json(new / description.name, checkpoint.read_json(description))
+    write_json(new / description.name, read_json(description))
     if old.exists():
         shutil.rmtree(old)
     new.rename(old)
-    checkpoint.write_atomic(run_dir / "config.yaml", dump_config(config).encode())
-    checkpoint.write_json(mark, {"epoch": epoch, "donor": donor_dir.name})
+    write_atomic(run_dir / "config.yaml", dump_config(config).encode())
+    write_json(mark, {"epoch": epoch, "donor": donor_dir.name})

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 import yaml
 
-from bootvit import checkpoint
-from bootvit.config import flatten, parse_yaml
+from bootvit.config import leaves, parse_yaml
 from bootvit.errors import UserError
+from bootvit.files import read_json, write_atomic
 from bootvit.runs import FREE_ON_RESUME, check_storage
 from tune.spec.schema import Sweep
 from tune.tell.record import asked
@@ -47,7 +47,7 @@ def claim_folder(sweep: Sweep, state: State) -> None:
         shutil.rmtree(path)
     path.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(resolved(sweep), sort_keys=False, default_flow_style=None, width=110)
-    checkpoint.write_atomic(path / "sweep.yaml", text.encode())
+    write_atomic(path / "sweep.yaml", text.encode())
 
 
 def folder_state(sweep: Sweep, *, retry_failed: bool) -> State:
@@ -68,7 +68,7 @@ def folder_state(sweep: Sweep, *, retry_failed: bool) -> State:
 def read_state(folder: Path) -> dict[str, Any]:
     """sweep.json; `UserError` if it is not what this version writes."""
     path = folder / "sweep.json"
-    document = checkpoint.read_json(path)
+    document = read_json(path)
     missing = STATE_KEYS - set(document) if isinstance(document, dict) else STATE_KEYS
     if missing:
         raise UserError(f"{path}: lacks {sorted(missing)}; remove it, and --resume makes it anew from events.jsonl")
@@ -89,11 +89,7 @@ def read_resolved(sweep: Sweep) -> dict[str, Any]:
 def check_same_sweep(sweep: Sweep) -> None:
     """Refuse to go on with a sweep that would compute something else; more samples or seeds are no such thing."""
     before = read_resolved(sweep)
-    was = {**flat(before["sweep"], "sweep."), **flat(before["base"], "base.")}
-    now = {
-        **flat(sweep.file.model_dump(mode="json"), "sweep."),
-        **{f"base.{k}": v for k, v in flatten(sweep.base).items()},
-    }
+    was, now = leaves(before), leaves(resolved(sweep))
     for key in sorted({*was, *now}):
         free = key.startswith(FREE) or key.removeprefix("base.").startswith(FREE_ON_RESUME)
         if was.get(key) == now.get(key) or free or grows(sweep, key, was.get(key), now.get(key)):
@@ -111,14 +107,3 @@ def grows(sweep: Sweep, key: str, was: Any, now: Any) -> bool:
         old, new = was or [sweep.base.seed], now or [sweep.base.seed]
         return plain and new[: len(old)] == old
     return False
-
-
-def flat(node: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """{dotted key: value}, leaves only."""
-    out: dict[str, Any] = {}
-    for key, value in node.items():
-        if isinstance(value, dict) and value:
-            out |= flat(value, f"{prefix}{key}.")
-        else:
-            out[f"{prefix}{key}"] = value
-    return out

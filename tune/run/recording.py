@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from bootvit import checkpoint
 from bootvit.config import Config
+from bootvit.files import write_json
+from bootvit.result import Accuracy, Result, RunStatus, new_result, read_result
 from bootvit.runs import claim, take_lease
 from bootvit.tracking import SweepRun, mlflow_available, tracking_uri
 from bootvit.tracking.follow import PATIENCE_S, within
@@ -62,7 +63,7 @@ class Recording:
         gpu_seconds = round(trial.seconds * self._sweep.gpus, 3)
         if trial.status == "finished":
             path = config.run_dir / "result.json"
-            checkpoint.write_json(path, checkpoint.read_json(path) | {"gpu_seconds": gpu_seconds})
+            write_json(path, read_result(path) | {"gpu_seconds": gpu_seconds})
         else:
             claim(config, resume=True, overwrite=False)  # from now on nobody else writes there
             result = unfinished(config, trial, self.recorder.held_out(trial), self._commit)
@@ -141,24 +142,9 @@ def connect(sweep: Sweep) -> SweepRun | None:
     return SweepRun(sweep.folder, uri, tracking.experiment, name=sweep.file.name, space=space, file=sweep.path)
 
 
-def unfinished(config: Config, trial: Trial, held_out: Any, commit: str | None) -> dict[str, Any]:
-    """result.json of a trial that was stopped or failed."""
-    prints = fingerprints(config.data)
-    return {
-        "name": config.name,
-        "method": config.method,
-        "status": "failed" if trial.status == "failed" else "interrupted",
-        "reason": trial.reason,
-        "epochs": trial.epochs,
-        "final": None,
-        "best": {},
-        "held_out": held_out,
-        "images_per_second": None,
-        "seconds": round(trial.seconds, 3),
-        "fraction": config.data.fraction,
-        "seed": config.seed,
-        "data_fingerprint": prints.data,
-        "subset_digest": prints.subset,
-        "git": commit,
-        "mlflow_run_id": None,
-    }
+def unfinished(config: Config, trial: Trial, held_out: Accuracy | None, commit: str | None) -> Result:
+    """What is known of a trial that was stopped or failed."""
+    facts = fingerprints(config.data)
+    status: RunStatus = "failed" if trial.status == "failed" else "interrupted"
+    known = new_result(config, status, trial.epochs, reason=trial.reason, fingerprint=facts.data, digest=facts.subset)
+    return known | {"held_out": held_out, "seconds": round(trial.seconds, 3), "git": commit}

@@ -9,13 +9,14 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from bootvit import checkpoint
 from bootvit.config import Config, validate
 from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, epochs
+from bootvit.result import Result, read_result
 from bootvit.runs import RunFolder, claim, take_lease
 from bootvit.tracking import read_journal
 from bootvit.train import on_workers, pick_device, train_worker
@@ -50,7 +51,7 @@ def attempt(job: Job) -> Generator[Report, None, None]:
     config = validate(Config, job.config, "trial")
     folder, state = claim(config, resume=True, overwrite=False)
     if state == "finished":
-        result = checkpoint.read_json(folder.result)
+        result = read_result(folder.result)
         if job.test == "never" or result["final"] is not None:
             yield Report(result["epochs"], reports(folder).get(result["epochs"], {}), True)
             return
@@ -63,7 +64,7 @@ def attempt(job: Job) -> Generator[Report, None, None]:
     yield from with_end(run, folder)
 
 
-def with_end(run: Generator[EpochReport, None, dict[str, Any]], folder: RunFolder) -> Iterator[Report]:
+def with_end(run: Generator[EpochReport, None, Result], folder: RunFolder) -> Iterator[Report]:
     """A run's epochs, the last one together with the end: it must not be stopped between the two."""
     while True:
         try:
@@ -92,7 +93,7 @@ def reports(folder: RunFolder) -> dict[int, dict[str, float]]:
     return out
 
 
-def in_process(config: Config, folder: RunFolder, job: Job) -> Generator[EpochReport, None, dict[str, Any]]:
+def in_process(config: Config, folder: RunFolder, job: Job) -> Generator[EpochReport, None, Result]:
     """The loop here: no second actor."""
     import torch
 
@@ -107,11 +108,11 @@ def in_process(config: Config, folder: RunFolder, job: Job) -> Generator[EpochRe
 class Outcome:
     """How a `TorchTrainer` in a thread ended."""
 
-    result: dict[str, Any] = field(default_factory=dict)
+    result: Result | None = None
     error: BaseException | None = None
 
 
-def in_workers(config: Config, folder: RunFolder, test: TestUse) -> Generator[EpochReport, None, dict[str, Any]]:
+def in_workers(config: Config, folder: RunFolder, test: TestUse) -> Generator[EpochReport, None, Result]:
     """The loop in Ray Train's workers; closing this takes their lease away, so that they end and free their CPUs."""
     outcome = Outcome()
     thread = threading.Thread(target=_train, args=(config, folder, test, outcome), daemon=True)
@@ -134,12 +135,13 @@ def in_workers(config: Config, folder: RunFolder, test: TestUse) -> Generator[Ep
             thread.join()
     if outcome.error is not None:
         raise outcome.error
+    assert outcome.result is not None
     return outcome.result
 
 
 def _train(config: Config, folder: RunFolder, test: TestUse, outcome: Outcome) -> None:
     job = {"config": config.model_dump(mode="json"), "folder": str(folder.path), "lease": folder.lease, "test": test}
     try:
-        outcome.result = dict(on_workers(config, train_worker, job))
+        outcome.result = on_workers(config, train_worker, job)
     except BaseException as err:  # raised again in the thread that waits for it
         outcome.error = err

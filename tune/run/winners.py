@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from bootvit import checkpoint
 from bootvit.config import Config
+from bootvit.result import read_result
 from tune.decide.budget import Budget
 from tune.decide.conductor import Conductor
 from tune.decide.log import ENDED, Log, Trial, Trials
@@ -79,7 +79,7 @@ class Tests:
             return
         run_dir = self.config(trial).run_dir
         recorder = self._recording.recorder
-        recorder.final[trial.spec.id] = checkpoint.read_json(run_dir / "result.json")["final"]
+        recorder.final[trial.spec.id] = read_result(run_dir / "result.json")["final"]
         recorder.test_runs[trial.spec.id] = str(run_dir.relative_to(self._sweep.folder))
 
 

@@ -10,18 +10,18 @@ from typing import Any
 from bootvit.config import (
     Config,
     find_config,
-    load_config,
-    make_config,
+    layers,
+    leaves,
     merge,
     nest,
-    parents_of,
     parse_override,
-    parse_yaml,
     read_layers,
     suggest,
     validate,
+    with_overrides,
 )
 from bootvit.errors import UserError
+from bootvit.load import load_config, make_config
 from tune.spec.domain import DOMAINS, Domain
 from tune.spec.schema import Sweep, SweepFile
 
@@ -57,7 +57,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
         data["space"] = flatten_space(data["space"])
         check_words(data["space"], path)
     if isinstance(data.get("set"), dict):
-        data["set"] = flatten_values(data["set"])
+        data["set"] = leaves(data["set"])
     file = _validate(data, str(path), origins)
     for text in for_base:
         key, _ = parse_override(text)
@@ -88,12 +88,10 @@ def _base_config(path: Path, file: SweepFile, overrides: Sequence[str]) -> Confi
     """The base with `set` and the command line's keys; without a held-out part a sweep could select nothing."""
     base = load_config(file.base)
     data = base.model_dump(mode="json")
-    origins = {}
     for key, value in file.set.items():
-        data, origins[key] = merge(data, nest(key, value)), f"{path}: set"
-    for text in overrides:
-        key, value = parse_override(text)
-        data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
+        data = merge(data, nest(key, value))
+    data, origins = with_overrides(data, overrides)
+    origins = dict.fromkeys(file.set, f"{path}: set") | origins
     if isinstance(data["data"], dict) and data["data"].get("held_out") == 0:
         data["data"]["held_out"] = HELD_OUT
     return make_config(data, file.base, origins)
@@ -109,21 +107,8 @@ def _validate(data: dict[str, Any], origin: str, origins: dict[str, str]) -> Swe
 
 def _base_path(path: Path, base: str) -> Path:
     """Where `base` of a sweep file is: beside the file that says so, else a shipped config."""
-    layer = _layer_with_base(path.resolve()) or path.resolve()
-    there = layer.parent / base
+    there = [layer.path for layer in layers(path) if "base" in layer.data][-1].parent / base
     return there if there.is_file() else find_config(base)
-
-
-def _layer_with_base(path: Path) -> Path | None:
-    """The file, of a sweep file and those that it extends, whose `base` counts."""
-    data = parse_yaml(path.read_text(encoding="utf-8-sig"), str(path)) or {}
-    if "base" in data:
-        return path
-    for parent in reversed(parents_of(data, path)):
-        found = _layer_with_base((path.parent / parent).resolve())
-        if found:
-            return found
-    return None
 
 
 def flatten_space(space: dict[str, Any]) -> dict[str, Any]:
@@ -156,14 +141,6 @@ def check_words(space: dict[str, list[Any]], path: Path) -> None:
         unknown = [word for word in words if word not in Domain.model_fields]
         if unknown:
             raise UserError(f"{path}: space.{key}: unknown word {unknown[0]!r}; known: {', '.join(DOMAINS)}, when")
-
-
-def flatten_values(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """`{data: {held_out: 0.1}}` as `{data.held_out: 0.1}`."""
-    out: dict[str, Any] = {}
-    for key, value in values.items():
-        out |= flatten_values(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def _all_mappings(value: dict[str, Any]) -> bool:

@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from bootvit import checkpoint
 from bootvit.config import Config
+from bootvit.files import write_json
+from bootvit.result import read_result
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
 from bootvit.tracking.follow import CREATION_S, wait_for
 from bootvit.tracking.link import RunLink
@@ -118,8 +119,8 @@ class Shipper:
         if trial.reason:
             run.set_tags({"bootvit.reason": trial.reason})
         path = config.run_dir / "result.json"
-        result = checkpoint.read_json(path) | {"mlflow_run_id": run.run_id}
-        checkpoint.write_json(path, result)
+        result = read_result(path) | {"mlflow_run_id": run.run_id}
+        write_json(path, result)
         return self._took(run.finish(ENDS[trial.status], result))
 
     def _took(self, answered: bool) -> bool:

@@ -10,7 +10,7 @@ from statistics import fmean
 from sys import intern
 from typing import Any
 
-from bootvit import checkpoint
+from bootvit.files import replacing
 from bootvit.tracking import read_journal
 from tune.decide.log import ENDED, Trial, Trials
 from tune.decide.select import Score
@@ -141,7 +141,7 @@ def mean_scores(every: Sequence[Mapping[str, Any] | None]) -> Any:
 def write(folder: Path, summary: Document, rows: Iterable[Document]) -> None:
     """sweep.json, never whole in memory: it is written at every trial's end, and may have thousands of them."""
     head = json.dumps(summary, indent=2, allow_nan=False).removesuffix("\n}")
-    with checkpoint.replacing(folder / "sweep.json") as file:
+    with replacing(folder / "sweep.json") as file:
         file.write(f'{head},\n  "trials": ['.encode())
         for number, row in enumerate(rows):
             file.write(f"{',' if number else ''}\n    {json.dumps(row, allow_nan=False)}".encode())

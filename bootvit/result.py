@@ -1,0 +1,71 @@
+"""`result.json`: how a run ended, in the same keys whatever the end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from bootvit.config import Config, Method, Network
+from bootvit.files import read_json
+
+RunStatus = Literal["finished", "failed", "interrupted"]
+Accuracy = dict[Network, dict[Literal["top1", "top5"], float]]  # in percent
+
+
+class Result(TypedDict):
+    """The content of `result.json`; null is what was not measured."""
+
+    name: str
+    method: Method
+    status: RunStatus
+    reason: str | None  # why it did not finish
+    epochs: int  # completed
+    steps: int | None  # optimiser steps taken
+    final: Accuracy | None  # the last epoch's on the test set (without one, the held-out part), as in the paper
+    best: dict[Network, dict[str, Any]]  # the same with "epoch": the best evaluation on the way
+    held_out: Accuracy | None  # the last epoch's on held-out training images
+    images_per_second: float | None
+    seconds: float | None
+    gpu_seconds: float | None
+    fraction: float
+    seed: int
+    data_fingerprint: str
+    subset_digest: str  # of the training images that were used
+    skipped: int  # broken images left out
+    skipped_images: list[str]  # the first of them, with the reason
+    git: str | None
+    mlflow_run_id: str | None
+
+
+def new_result(
+    config: Config, status: RunStatus, epochs: int, *, fingerprint: str, digest: str, reason: str | None = None
+) -> Result:
+    """A result in which nothing is measured yet."""
+    return {
+        "name": config.name,
+        "method": config.method,
+        "status": status,
+        "reason": reason,
+        "epochs": epochs,
+        "steps": None,
+        "final": None,
+        "best": {},
+        "held_out": None,
+        "images_per_second": None,
+        "seconds": None,
+        "gpu_seconds": None,
+        "fraction": config.data.fraction,
+        "seed": config.seed,
+        "data_fingerprint": fingerprint,
+        "subset_digest": digest,
+        "skipped": 0,
+        "skipped_images": [],
+        "git": None,
+        "mlflow_run_id": None,
+    }
+
+
+def read_result(path: Path) -> Result:
+    """What is there; a broken file is a `UserError` that names it."""
+    result: Result = read_json(path)
+    return result
