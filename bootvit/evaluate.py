@@ -33,7 +33,7 @@ def newest_checkpoint(run_dir: Path) -> dict[str, Any]:
     saved = checkpoint.newest(run_dir / "checkpoints")
     if saved is None:
         raise UserError(f"{run_dir}: no usable checkpoint in it")
-    return checkpoint.load(saved.path)
+    return checkpoint.load(saved)
 
 
 def evaluate(config: Config, run_dir: Path, *, local: bool) -> Evaluation:

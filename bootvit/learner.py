@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bootvit.checkpoint import optimizer_state, restore_optimizer
 from bootvit.config import Config, Network, ScheduleConfig
 from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed
@@ -259,14 +260,14 @@ class Learner:
         """Weights, BatchNorm statistics and optimiser moments."""
         return {
             "networks": self.networks.state_dict(),
-            "optimizers": [group.optimizer.state_dict() for group in self.groups],
+            "optimizers": [optimizer_state(group.optimizer) for group in self.groups],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; without optimisers only the weights are taken."""
         self.networks.load_state_dict(state["networks"])
         for group, saved in zip(self.groups, state.get("optimizers") or [], strict=False):
-            group.optimizer.load_state_dict(saved)
+            restore_optimizer(group.optimizer, saved)
 
 
 class Counts(NamedTuple):

@@ -2,32 +2,34 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
-import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from bootvit import checkpoint
+from bootvit.asks import Agreement, Ask, Asked, deferring_signals, nothing
+from bootvit.checkpoint import Saved, Writer
 from bootvit.config import Config, DataConfig, Network
 from bootvit.data import DataFacts, DataSplits, facts_of, open_splits
 from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Counts, Learner, World
-from bootvit.result import Accuracy, Result, new_result
+from bootvit.meter import Meter
+from bootvit.result import Accuracy, Best, Result, new_result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
 from bootvit.weights import warm_start
 
 NAMED = 20  # broken images that result.json names; it counts all
+PATIENCE = 60.0  # seconds that a worker waits for a checkpoint that rank 0 sees
 Scores = dict[Network, Counts]
 TestUse = Literal["auto", "last", "never"]
+T = TypeVar("T")
 
 
 class EpochReport(NamedTuple):
@@ -36,13 +38,15 @@ class EpochReport(NamedTuple):
     epoch: int  # epochs completed
     step: int
     metrics: dict[str, float]  # "held_out/vit/top1": 45.8, ...; empty where this epoch was not evaluated
+    last: bool = False
 
 
 @dataclass
 class Progress:
     """Where a run stands; saved with the checkpoint."""
 
-    epoch: int = 0
+    epoch: int = 0  # completed
+    batch: int = 0  # steps of the epoch after them
     step: int = 0
     seconds: float = 0.0
     images: int = 0
@@ -61,14 +65,15 @@ def fit(
     *,
     test: TestUse = "auto",
     on_epoch: Callable[[EpochReport], None] | None = None,
-    keep: int = 2,
+    asked: Asked = nothing,
 ) -> Result:
     """Train from the newest checkpoint in `folder` (or from scratch) to the end; returns what `result.json` holds.
 
     `test` says when the test set is looked at: auto is every evaluation, but only the last one where a part of the
-    training images is held out; never is for sweeps that retrain their winners.
+    training images is held out; never is for sweeps that retrain their winners. Raises KeyboardInterrupt, with a
+    checkpoint on disk, where it is `asked` to stop.
     """
-    run = epochs(config, world, folder, test=test, keep=keep)
+    run = epochs(config, world, folder, test=test, asked=asked)
     while True:
         try:
             report = next(run)
@@ -80,50 +85,241 @@ def fit(
 
 
 def epochs(
-    config: Config, world: World, folder: RunFolder, *, test: TestUse = "auto", keep: int = 2
+    config: Config, world: World, folder: RunFolder, *, test: TestUse = "auto", asked: Asked = nothing
 ) -> Generator[EpochReport, None, Result]:
     """`fit`, an epoch at a time: yields once an epoch's checkpoint is on disk, returns the result."""
-    started = time.monotonic()
-    splits = open_splits(config.data)
-    check_evaluable(config, splits)
-    learner = Learner(config, len(splits.classes), world)
-    facts = facts_of(splits, config)
-    at = restore(learner, folder, facts)
-    if at is None:
-        warm_start(learner.networks, config, splits.classes)
-        at = Progress()
-    before = at.seconds
-    batches = TrainBatches(
-        splits.train, config, facts.preparation, rank=world.rank, world=world.size, device=world.device
-    )
-    journal = open_journal(folder, at.step) if world.rank == 0 else None
-    total = total_steps(config, batches.steps_per_epoch)
-    scores: dict[str, Scores] = {}
-    while at.step < total:
-        train_epoch(config, learner, batches, at, total, journal, folder)
-        at.epoch += 1
-        last = at.step >= total
-        check_finite(learner, at.step, folder)
-        at.add_skipped(batches.broken, config.data, world)
+    training = Training(config, world, folder, test, asked)
+    try:
+        if training.ends_an_epoch and not training.told:  # cut between its checkpoint and its evaluation
+            yield training.end_epoch()
+        while training.at.step < training.total:
+            training.train_epoch()
+            yield training.end_epoch()
+        return training.finish()
+    finally:
+        training.writer.close()
+
+
+class Training:
+    """One run as one of its workers sees it."""
+
+    def __init__(self, config: Config, world: World, folder: RunFolder, test: TestUse, asked: Asked) -> None:
+        self.clock = self.saved_at = time.monotonic()
+        self.config, self.world, self.folder, self.test, self.asked = config, world, folder, test, asked
+        self.splits = open_splits(config.data)
+        check_evaluable(config, self.splits)
+        self.learner = Learner(config, len(self.splits.classes), world)
+        self.facts = facts_of(self.splits, config)
+        self.at = self._restore()
+        self.batches = TrainBatches(
+            self.splits.train, config, self.facts.preparation, rank=world.rank, world=world.size, device=world.device
+        )
+        self.total = total_steps(config, self.batches.steps_per_epoch)
+        self.journal, self.told = self._open_journal()
+        self.meter = Meter(self.learner)
+        self.agreement = Agreement(world.size)
+        self.writer = Writer(folder.checkpoints, config.checkpoint, folder.check_lease)
+        self.scores: dict[str, Scores] = {}
+
+    # ------------------------------------------------------------------------------------------ going on
+
+    def _restore(self) -> Progress:
+        """Load the newest verified checkpoint, which must be of the same data; else start from the given weights."""
+        saved = choose(self.folder, self.world)
+        if saved is None:
+            warm_start(self.learner.networks, self.config, self.splits.classes)
+            return Progress()
+        state = load_chosen(saved, self.world)
+        DataFacts.from_dict(state["data"]).check_same(self.facts, f"{self.folder.path}: cannot resume")
+        self.learner.load_state_dict(state["learner"])
+        return Progress(**state["progress"])
+
+    def _open_journal(self) -> tuple[Journal | None, bool]:
+        """Rank 0's journal, cut back to where the run stands, and whether it tells of the end of the last epoch."""
+        told, journal = False, None
+        if self.world.rank == 0:
+            self.folder.check_lease()
+            journal = Journal(self.folder.journal)
+            told = any(r.name == "epoch" and r.step == self.at.step for r in read_journal(self.folder.journal)[0])
+            journal.cut(self.at.step, evaluated=told)
+        return journal, from_rank_0(told, self.world)
+
+    @property
+    def ends_an_epoch(self) -> bool:
+        """Whether no step of the next epoch has been taken."""
+        return self.at.epoch > 0 and self.at.batch == 0
+
+    # ------------------------------------------------------------------------------------------ an epoch
+
+    def train_epoch(self) -> None:
+        """What is left of one pass over the training images, or of `max_steps`; saved as it goes, and at its end."""
+        config, at, steps = self.config, self.at, self.batches.steps_per_epoch
+        self._count_seconds()
+        with deferring_signals(self.asked) as asked:
+            for batch in self.batches.epoch(at.epoch, at.batch):
+                terms = self.learner.step(batch, at.step, at.epoch, at.epoch + at.batch / steps)
+                at.step, at.batch, at.images = at.step + 1, at.batch + 1, at.images + batch.global_size
+                self.meter.add(terms, at.step, batch.global_size)
+                if at.step % config.tracking.log_every == 0:
+                    self._write_terms()
+                if at.step >= self.total or at.batch == steps:
+                    break
+                ask = self.agreement.of_all(max(asked(), self._due()))
+                if ask or (config.checkpoint.every_steps and at.step % config.checkpoint.every_steps == 0):
+                    self._save()
+                if ask == Ask.STOP:
+                    self.writer.wait()
+                    raise KeyboardInterrupt
+            at.epoch, at.batch = at.epoch + 1, 0
+            self._save()
+
+    def _due(self) -> Ask:
+        """Whether rank 0's clock asks for a checkpoint."""
+        minutes = self.config.checkpoint.every_minutes
+        if self.world.rank > 0 or minutes is None or time.monotonic() - self.saved_at < 60 * minutes:
+            return Ask.NOTHING
+        self.saved_at = time.monotonic()  # asked once
+        return Ask.SAVE
+
+    def _save(self) -> None:
+        """Begin to write a checkpoint of this moment; raise `RunFailed` if its weights or losses are not finite."""
+        at = self.at
+        self._write_terms()
+        self._check_finite()
+        at.add_skipped(self.batches.broken, self.config.data, self.world)
+        now = time.monotonic()
+        at.train_seconds += now - self.clock
+        self._count_seconds()
+        if self.world.rank == 0:
+            state = {"learner": self.learner.state_dict(), "progress": vars(at), "data": self.facts.to_dict()}
+            final = at.step >= self.total
+            self.writer.save(state, step=at.step, epoch=at.epoch, batch=at.batch, final=final)
+        self.saved_at = time.monotonic()
+
+    def _count_seconds(self) -> None:
+        now = time.monotonic()
+        self.at.seconds, self.clock = self.at.seconds + now - self.clock, now
+
+    def _check_finite(self) -> None:
+        """Raise `RunFailed` if the last update has broken the weights: no loss has told of it yet."""
+        name = self.learner.not_finite()
+        if name is not None:
+            self.writer.wait()
+            left = what_is_left(self.folder)
+            raise RunFailed(f"the weights are not finite after step {self.at.step}: {name}{left}")
+
+    def _write_terms(self) -> None:
+        with self._telling_what_is_left():
+            terms = self.meter.take()
+        self._write(terms, self.at.epoch - (self.at.batch == 0))
+
+    @contextmanager
+    def _telling_what_is_left(self) -> Iterator[None]:
+        """End the message of a `RunFailed` raised inside with the checkpoint that the run leaves."""
+        try:
+            yield
+        except RunFailed as err:
+            self.writer.wait()
+            raise RunFailed(f"{err}{what_is_left(self.folder)}") from err
+
+    # ------------------------------------------------------------------------------------- its evaluation
+
+    def end_epoch(self) -> EpochReport:
+        """Evaluate where that is due, and tell of the epoch in the journal, once its checkpoint is on disk."""
+        at, last = self.at, self.at.step >= self.total
         metrics: dict[str, float] = {}
-        if last or at.epoch % config.schedule.eval_every == 0:
-            with telling_what_is_left(folder):
-                scores = evaluate_splits(config, learner, splits, facts, at, test, last)
-            metrics = write_scores(scores, at, journal, folder)
-        if at.skipped:
-            write(journal, folder, {"data/skipped": len(at.skipped)}, at.step, at.epoch - 1)
-        at.seconds = before + time.monotonic() - started
+        if last or at.epoch % self.config.schedule.eval_every == 0:
+            with self._telling_what_is_left():
+                self.scores = self._evaluate(last)
+            metrics = metrics_of(self.scores)
+        self._count_seconds()
+        self.writer.wait()
+        skipped = {"data/skipped": float(len(at.skipped))} if at.skipped else {}
+        if metrics and self.world.rank == 0:
+            name = best_metric(self.config, metrics)
+            self.writer.note_best(at.step, name, metrics[name])
+        self._write(metrics | skipped | {"epoch": float(at.epoch)}, at.epoch - 1)
+        return EpochReport(at.epoch, at.step, metrics, last)
+
+    def _evaluate(self, last: bool) -> dict[str, Scores]:
+        """Counts on the held-out part and, where `test` allows it now, on the test set."""
+        config, splits, world = self.config, self.splits, self.world
+        now = self.test != "never" and (last or (self.test == "auto" and splits.held_out is None))
+        wanted: dict[str, Subset | None] = {"held_out": splits.held_out, "test": splits.test if now else None}
+        scores: dict[str, Scores] = {}
+        for name, subset in wanted.items():
+            if subset is None:
+                continue
+            prepared = self.facts.preparation
+            batches = EvalBatches(subset, config, prepared, rank=world.rank, world=world.size, device=world.device)
+            scores[name] = self.learner.evaluate(batches)
+            self.at.add_skipped(batches.broken, config.data, world)
+        return scores
+
+    def _write(self, metrics: dict[str, float], epoch: int) -> None:
+        """Append records of one moment, if this process may."""
+        if self.journal is None or not metrics:
+            return
+        self.folder.check_lease()
+        now = time.time()
+        self.journal.write([Record(self.at.step, epoch, name, value, now) for name, value in metrics.items()])
+
+    # -------------------------------------------------------------------------------------------- the end
+
+    def finish(self) -> Result:
+        """result.json; `final` is the last epoch's, as in the paper, never the best one's."""
+        if not self.scores:  # resumed after the last checkpoint, before the result was written
+            self.scores = self._evaluate(last=True)
+        config, at, world = self.config, self.at, self.world
+        main = "test" if self.splits.test is not None else "held_out"
+        records = read_journal(self.folder.journal)[0] if world.rank == 0 else []
+        fingerprint, digest = self.splits.fingerprint, self.splits.train.digest
+        result = new_result(config, "finished", at.epoch, fingerprint=fingerprint, digest=digest)
+        result.update(
+            {
+                "steps": at.step,
+                "final": percent(self.scores.get(main)),
+                "best": best(records, main, config.networks),
+                "held_out": percent(self.scores.get("held_out")),
+                "images_per_second": round(at.images / max(at.train_seconds, 1e-9), 2),
+                "seconds": round(at.seconds, 3),
+                "gpu_seconds": round(at.seconds * world.size, 3) if world.device.type == "cuda" else 0.0,
+                "skipped": len(at.skipped),
+                "skipped_images": [f"{where}: {reason}" for where, reason in sorted(at.skipped.items())][:NAMED],
+            }
+        )
         if world.rank == 0:
-            folder.check_lease()
-            state = {"learner": learner.state_dict(), "progress": vars(at), "data": facts.to_dict()}
-            checkpoint.save(folder.checkpoints, state, epoch=at.epoch, step=at.step, final=last, keep=keep)
-        yield EpochReport(at.epoch, at.step, metrics)
-    if not scores:  # resumed after the last checkpoint, before the result was written
-        scores = evaluate_splits(config, learner, splits, facts, at, test, last=True)
-    result = summarise(config, splits, at, scores, folder, world)
-    if world.rank == 0:
-        folder.write_result(result)
-    return result
+            self.folder.write_result(result)
+        return result
+
+
+# ----------------------------------------------------------------------------------------- among the workers
+
+
+def from_rank_0(value: T, world: World) -> T:
+    """Rank 0's value on every rank."""
+    if world.size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0, device=world.device)
+    return box[0]
+
+
+def choose(folder: RunFolder, world: World) -> Saved | None:
+    """The newest checkpoint whose bytes are what was written: what rank 0 finds is what all of them take."""
+    return from_rank_0(checkpoint.newest(folder.checkpoints) if world.rank == 0 else None, world)
+
+
+def load_chosen(saved: Saved, world: World) -> checkpoint.State:
+    """Its content; a file system that has not shown it to this node yet is given a minute."""
+    until = time.monotonic() + PATIENCE
+    while True:
+        try:
+            return checkpoint.load(saved)
+        except UserError as err:
+            if world.rank == 0 or time.monotonic() > until:
+                raise RunFailed(f"worker {world.rank}: {err}") from err
+            time.sleep(0.5)
 
 
 def of_all_workers(broken: dict[str, str], data: DataConfig, world: World) -> dict[str, str]:
@@ -134,137 +330,7 @@ def of_all_workers(broken: dict[str, str], data: DataConfig, world: World) -> di
     return {where: reason for one in found for where, reason in one.items()}
 
 
-def train_epoch(
-    config: Config,
-    learner: Learner,
-    batches: TrainBatches,
-    at: Progress,
-    total: int,
-    journal: Journal | None,
-    folder: RunFolder,
-) -> None:
-    """One pass over the training images, or what `max_steps` leaves of it."""
-    meter = Meter(learner, journal, folder)
-    begin = time.monotonic()
-    for i, batch in enumerate(batches.epoch(at.epoch)):
-        progress = at.epoch + i / batches.steps_per_epoch
-        meter.add(learner.step(batch, at.step, at.epoch, progress), at.step + 1, at.epoch, batch.global_size)
-        at.step += 1
-        at.images += batch.global_size
-        if at.step % config.tracking.log_every == 0:
-            meter.flush()
-        if at.step >= total:
-            break
-    meter.flush()
-    at.train_seconds += time.monotonic() - begin
-
-
-@dataclass
-class Meter:
-    """Collects loss terms on the device and looks at them once every few steps: one transfer, one all-reduce."""
-
-    learner: Learner
-    journal: Journal | None
-    folder: RunFolder
-    rows: list[Tensor] = field(default_factory=list)
-    places: list[tuple[int, int]] = field(default_factory=list)  # (step, epoch)
-    images: int = 0
-    since: float = field(default_factory=time.monotonic)
-
-    def add(self, terms: Tensor, step: int, epoch: int, images: int) -> None:
-        """This worker's share of a step's terms."""
-        self.rows.append(terms)
-        self.places.append((step, epoch))
-        self.images += images
-
-    def flush(self) -> None:
-        """Write the mean over the steps since the last flush; raise `RunFailed` at the first that is not finite."""
-        if not self.rows:
-            return
-        values = torch.stack(self.rows)  # (steps, terms)
-        if self.learner.world.size > 1:
-            dist.all_reduce(values)
-        values = values.double().cpu()
-        names = self.learner.term_names
-        for row, (step, _) in zip(values.tolist(), self.places, strict=True):
-            if not all(map(math.isfinite, row)):
-                terms = ", ".join(f"{name}={value:g}" for name, value in zip(names, row, strict=True))
-                raise RunFailed(f"the loss is not finite at step {step}: {terms}{what_is_left(self.folder)}")
-        now = time.monotonic()
-        step, epoch = self.places[-1]
-        metrics = {f"train/{name}": value for name, value in zip(names, values.mean(0).tolist(), strict=True)}
-        metrics["train/lr"] = self.learner.groups[0].optimizer.param_groups[0]["lr"]
-        metrics["train/images_per_second"] = self.images / max(now - self.since, 1e-9)
-        write(self.journal, self.folder, metrics, step, epoch)
-        self.rows, self.places, self.images, self.since = [], [], 0, now
-
-
-def check_finite(learner: Learner, step: int, folder: RunFolder) -> None:
-    """Raise `RunFailed` if the last update has broken the weights: no loss has told of it yet."""
-    name = learner.not_finite()
-    if name is not None:
-        raise RunFailed(f"the weights are not finite after step {step}: {name}{what_is_left(folder)}")
-
-
-def what_is_left(folder: RunFolder) -> str:
-    """The end of a failed run's message: the checkpoint that it leaves, whose weights are always finite."""
-    saved = checkpoint.described(folder.checkpoints)
-    return f"; the checkpoint of step {saved[-1].step} is kept" if saved else "; there is no checkpoint yet"
-
-
-@contextmanager
-def telling_what_is_left(folder: RunFolder) -> Iterator[None]:
-    """End the message of a `RunFailed` raised inside with `what_is_left`."""
-    try:
-        yield
-    except RunFailed as err:
-        raise RunFailed(f"{err}{what_is_left(folder)}") from err
-
-
-def evaluate_splits(
-    config: Config,
-    learner: Learner,
-    splits: DataSplits,
-    facts: DataFacts,
-    at: Progress,
-    test: TestUse,
-    last: bool,
-) -> dict[str, Scores]:
-    """Counts on the held-out part and, where `test` allows it now, on the test set."""
-    now = test != "never" and (last or (test == "auto" and splits.held_out is None))
-    wanted: dict[str, Subset | None] = {"held_out": splits.held_out, "test": splits.test if now else None}
-    world = learner.world
-    scores: dict[str, Scores] = {}
-    for name, subset in wanted.items():
-        if subset is None:
-            continue
-        batches = EvalBatches(subset, config, facts.preparation, rank=world.rank, world=world.size, device=world.device)
-        scores[name] = learner.evaluate(batches)
-        at.add_skipped(batches.broken, config.data, world)
-    return scores
-
-
-def write_scores(
-    scores: dict[str, Scores], at: Progress, journal: Journal | None, folder: RunFolder
-) -> dict[str, float]:
-    """Journal an evaluation; returns its metrics."""
-    metrics = {
-        f"{split}/{net}/{name}": getattr(counts, name)
-        for split, by_net in scores.items()
-        for net, counts in by_net.items()
-        for name in ("top1", "top5", "loss")
-    }
-    write(journal, folder, metrics, at.step, at.epoch - 1)
-    return metrics
-
-
-def write(journal: Journal | None, folder: RunFolder, metrics: dict[str, float], step: int, epoch: int) -> None:
-    """Append records of one moment, if this process may."""
-    if journal is None:
-        return
-    folder.check_lease()
-    now = time.time()
-    journal.write([Record(step, epoch, name, value, now) for name, value in metrics.items()])
+# ------------------------------------------------------------------------------------------------ in numbers
 
 
 def total_steps(config: Config, steps_per_epoch: int) -> int:
@@ -279,51 +345,26 @@ def check_evaluable(config: Config, splits: DataSplits) -> None:
         raise UserError(f"data.root={config.data.root}: no test or val split; set data.held_out, such as 0.1")
 
 
-def restore(learner: Learner, folder: RunFolder, facts: DataFacts) -> Progress | None:
-    """Load the newest verified checkpoint, which must be of the same data; None where there is none."""
-    saved = checkpoint.newest(folder.checkpoints)
-    if saved is None:
-        return None
-    state = checkpoint.load(saved.path)
-    DataFacts.from_dict(state["data"]).check_same(facts, f"{folder.path}: cannot resume")
-    learner.load_state_dict(state["learner"])
-    return Progress(**state["progress"])
+def what_is_left(folder: RunFolder) -> str:
+    """The end of a failed run's message: the checkpoint that it leaves, whose weights are always finite."""
+    saved = checkpoint.described(folder.checkpoints)
+    return f"; the checkpoint of step {saved[-1].step} is kept" if saved else "; there is no checkpoint yet"
 
 
-def open_journal(folder: RunFolder, step: int) -> Journal:
-    """The journal, cut back to the checkpoint that is gone on from."""
-    folder.check_lease()
-    journal = Journal(folder.journal)
-    journal.cut(step)
-    return journal
+def metrics_of(scores: dict[str, Scores]) -> dict[str, float]:
+    """An evaluation by the journal's names."""
+    return {
+        f"{split}/{net}/{name}": getattr(counts, name)
+        for split, by_net in scores.items()
+        for net, counts in by_net.items()
+        for name in ("top1", "top5", "loss")
+    }
 
 
-def summarise(
-    config: Config,
-    splits: DataSplits,
-    at: Progress,
-    scores: dict[str, Scores],
-    folder: RunFolder,
-    world: World,
-) -> Result:
-    """What `result.json` says of a finished run; `final` is the last epoch's, as in the paper, never the best one's."""
-    main = "test" if splits.test is not None else "held_out"
-    records = read_journal(folder.journal)[0] if world.rank == 0 else []
-    result = new_result(config, "finished", at.epoch, fingerprint=splits.fingerprint, digest=splits.train.digest)
-    result.update(
-        {
-            "steps": at.step,
-            "final": percent(scores.get(main)),
-            "best": best(records, main, config.networks),
-            "held_out": percent(scores.get("held_out")),
-            "images_per_second": round(at.images / max(at.train_seconds, 1e-9), 2),
-            "seconds": round(at.seconds, 3),
-            "gpu_seconds": round(at.seconds * world.size, 3) if world.device.type == "cuda" else 0.0,
-            "skipped": len(at.skipped),
-            "skipped_images": [f"{where}: {reason}" for where, reason in sorted(at.skipped.items())][:NAMED],
-        }
-    )
-    return result
+def best_metric(config: Config, metrics: dict[str, float]) -> str:
+    """What `checkpoint.best` goes by: the first network's top-1 on held-out images, else on the test set."""
+    names = [f"{split}/{config.networks[0]}/top1" for split in ("held_out", "test")]
+    return next(name for name in names if name in metrics)
 
 
 def percent(scores: Scores | None) -> Accuracy | None:
@@ -333,9 +374,9 @@ def percent(scores: Scores | None) -> Accuracy | None:
     return {net: {"top1": round(c.top1, 4), "top5": round(c.top5, 4)} for net, c in scores.items()}
 
 
-def best(records: list[Record], split: str, networks: tuple[Network, ...]) -> dict[Network, dict[str, Any]]:
+def best(records: list[Record], split: str, networks: tuple[Network, ...]) -> dict[Network, Best]:
     """Each network's best evaluation during the run, and after how many epochs it was."""
-    out: dict[Network, dict[str, Any]] = {}
+    out: dict[Network, Best] = {}
     for net in networks:
         top1 = {r.epoch: r.value for r in records if r.name == f"{split}/{net}/top1"}
         top5 = {r.epoch: r.value for r in records if r.name == f"{split}/{net}/top5"}

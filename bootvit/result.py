@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, TypedDict
+from typing import Literal, TypedDict
 
 from bootvit.config import Config, Method, Network
 from bootvit.files import read_json
 
 RunStatus = Literal["finished", "failed", "interrupted"]
 Accuracy = dict[Network, dict[Literal["top1", "top5"], float]]  # in percent
+
+
+class Best(TypedDict):
+    """A network's best evaluation on the way."""
+
+    top1: float
+    top5: float
+    epoch: int  # epochs completed by then
 
 
 class Result(TypedDict):
@@ -22,7 +30,7 @@ class Result(TypedDict):
     epochs: int  # completed
     steps: int | None  # optimiser steps taken
     final: Accuracy | None  # the last epoch's on the test set (without one, the held-out part), as in the paper
-    best: dict[Network, dict[str, Any]]  # the same with "epoch": the best evaluation on the way
+    best: dict[Network, Best]
     held_out: Accuracy | None  # the last epoch's on held-out training images
     images_per_second: float | None
     seconds: float | None

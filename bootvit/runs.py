@@ -16,7 +16,16 @@ from bootvit.load import load_config
 from bootvit.result import Result, read_result
 
 # what may differ between a run and its resumption: where and how fast it runs, not what it computes
-FREE_ON_RESUME = ("name", "ray.", "tracking.", "data.root", "data.workers", "data.eval_batch_size", "compile")
+FREE_ON_RESUME = (
+    "name",
+    "ray.",
+    "tracking.",
+    "checkpoint.",
+    "data.root",
+    "data.workers",
+    "data.eval_batch_size",
+    "compile",
+)
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> Path:
-        """The newest two."""
+        """The newest `checkpoint.keep`, and the best if that is asked for."""
         return self.path / "checkpoints"
 
     @property
@@ -112,7 +121,7 @@ def check_same_run(config: Config, path: Path) -> None:
 def known_data(path: Path) -> DataFacts | None:
     """What a run knows of its data; None before its first checkpoint."""
     saved = checkpoint.newest(path / "checkpoints")
-    return DataFacts.from_dict(checkpoint.load(saved.path)["data"]) if saved else None
+    return DataFacts.from_dict(checkpoint.load(saved)["data"]) if saved else None
 
 
 def check_same_data(config: Config, facts: DataFacts) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import torch
 
 from bootvit import checkpoint
+from bootvit.asks import on_signals, say_stopping
 from bootvit.config import Config, override, validate
 from bootvit.data import DataSplits, facts_of, open_splits
 from bootvit.errors import RunFailed, UserError
@@ -171,11 +172,10 @@ def run_local(
     *,
     test: TestUse = "auto",
     on_epoch: Callable[[EpochReport], None] | None = None,
-    keep: int = 2,
 ) -> Result:
     """The loop in this process: no Ray, no process group."""
     world = World(0, 1, pick_device(config.ray.use_gpu))
-    return fit(config, world, folder, test=test, on_epoch=on_epoch, keep=keep)
+    return fit(config, world, folder, test=test, on_epoch=on_epoch)
 
 
 def pick_device(use_gpu: bool | None) -> torch.device:
@@ -239,10 +239,68 @@ def importlib_missing(name: str) -> bool:
 
 
 def run_under_ray(config: Config, folder: RunFolder) -> Result:
-    """The loop on `ray.num_workers` workers; returns rank 0's result."""
-    job = {"config": config.model_dump(mode="json"), "folder": str(folder.path), "lease": folder.lease}
-    result: Result = on_workers(config, train_worker, job, config.ray.max_failures)
+    """The loop on `ray.num_workers` workers; returns rank 0's result.
+
+    Ctrl-C or SIGTERM ends it after the step under way, with a checkpoint; a second one at once.
+    """
+    from bootvit.coordinator import start_coordinator
+
+    coordinator = start_coordinator()
+    job = worker_job(config, folder, coordinator)
+    training = InThread(lambda: on_workers(config, train_worker, job, config.ray.max_failures))
+
+    def stop() -> None:
+        say_stopping()
+        coordinator.stop.remote()
+
+    try:
+        with on_signals(stop):
+            result: Result | None = training.wait()
+    finally:
+        clear_ray_storage(config)
+    if result is None:
+        raise KeyboardInterrupt
     return result
+
+
+def worker_job(config: Config, folder: RunFolder, coordinator: Any, test: TestUse = "auto") -> dict[str, Any]:
+    """What `train_worker` is given."""
+    return {
+        "config": config.model_dump(mode="json"),
+        "folder": str(folder.path),
+        "lease": folder.lease,
+        "test": test,
+        "coordinator": coordinator,
+    }
+
+
+class InThread:
+    """A call beside the main thread, which stays free for signals: Ray Train would take them for itself there."""
+
+    def __init__(self, call: Callable[[], Any]) -> None:
+        self._call = call
+        self._value: Any = None
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def is_alive(self) -> bool:
+        """Whether it goes on."""
+        return self._thread.is_alive()
+
+    def wait(self) -> Any:
+        """Its value; raises what it raised."""
+        while self._thread.is_alive():
+            self._thread.join(0.2)
+        if self._error is not None:
+            raise self._error
+        return self._value
+
+    def _run(self) -> None:
+        try:
+            self._value = self._call()
+        except BaseException as err:  # raised again by `wait`
+            self._error = err
 
 
 def on_workers(
@@ -306,18 +364,28 @@ def clear_ray_storage(config: Config) -> None:
     shutil.rmtree(config.run_dir.parent / f".ray-{config.name}-{os.getpid()}", ignore_errors=True)
 
 
-def train_worker(job: dict[str, Any]) -> Result:
-    """One worker of Ray Train: the loop, with a report an epoch as a sign of life."""
+def train_worker(job: dict[str, Any]) -> Result | None:
+    """One worker of Ray Train: the loop, with a report an epoch; None where it was asked to stop, and has saved."""
     import ray.train
 
-    config = validate(Config, job["config"], "job")
-    world = ray_world(config)
+    from bootvit.coordinator import Watch
 
-    def sign_of_life(report: EpochReport) -> None:
+    config = validate(Config, job["config"], "job")
+    world, coordinator = ray_world(config), job["coordinator"]
+
+    def tell(report: EpochReport) -> None:
+        if world.rank == 0:
+            coordinator.report.remote(report)
         ray.train.report({"epoch": report.epoch, "step": report.step})
 
     folder = RunFolder(Path(job["folder"]), job["lease"])
-    return fit(config, world, folder, test=job.get("test", "auto"), on_epoch=sign_of_life)
+    watch = Watch(coordinator)
+    try:
+        return fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
+    except KeyboardInterrupt:
+        return None
+    finally:
+        watch.close()
 
 
 def ray_world(config: Config) -> World:

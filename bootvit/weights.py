@@ -112,7 +112,7 @@ def read(config: Config, net: Network) -> Source:
         saved = checkpoint.newest(path / "checkpoints")
         if saved is None:
             raise UserError(f"{key}: this run has no usable checkpoint")
-        return from_run(checkpoint.load(saved.path), net, key)
+        return from_run(checkpoint.load(saved), net, key)
     if (path / "model.safetensors").is_file():
         return from_file(config, net, path / "model.safetensors")
     raise UserError(f"{key}: this folder is neither a run nor a timm export; {EXPECTED}")
@@ -140,9 +140,9 @@ def from_file(config: Config, net: Network, path: Path) -> Source:
         raise UserError(f"{key}: {path.name} is empty; {EXPECTED}")
     if path.suffix == ".npz":
         return from_npz(config, net, path)
+    if path.suffix == ".safetensors" and ours(path, key):
+        return from_run(checkpoint.unpack(path.read_bytes(), key), net, key)
     content = load(path, key)
-    if isinstance(content.get("learner"), Mapping) and "networks" in content["learner"]:
-        return from_run(content, net, key)
     wrapper = next((name for name in WRAPPERS if isinstance(content.get(name), Mapping)), None)
     weights = clean_state_dict(content[wrapper] if wrapper else content)
     tensors = {name: value for name, value in weights.items() if isinstance(value, Tensor)}
@@ -168,6 +168,14 @@ def load(path: Path, key: str) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise UserError(f"{key}: {path.name} holds no weights by name, but a {type(content).__name__}; {EXPECTED}")
     return dict(content)
+
+
+def ours(path: Path, key: str) -> bool:
+    """Whether a file is a checkpoint of ours; `UserError` if it is not readable."""
+    try:
+        return checkpoint.is_checkpoint(path)
+    except UserError as err:
+        raise UserError(f"{key}: {path.name} is not a readable file of tensors and plain values; {EXPECTED}") from err
 
 
 def from_npz(config: Config, net: Network, path: Path) -> Source:

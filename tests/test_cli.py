@@ -178,7 +178,7 @@ def test_a_full_disk_is_one_line_that_names_the_file_and_resume_goes_on(
     error = capsys.readouterr().err
     assert "--resume goes on" in error
     assert "Traceback" not in error
-    path = here / "runs" / "full" / "checkpoints" / "epoch-0001.pt"
+    path = here / "runs" / "full" / "checkpoints" / "step-00000004.safetensors"
     assert error.splitlines()[-1] == f"bootvit: failed: [Errno 28] No space left on device: '{path}'"
     assert json.loads((here / "runs" / "full" / "result.json").read_text())["status"] == "failed"
     assert main([*command, "--resume"]) == 0

@@ -11,6 +11,7 @@ from helpers import ONE, tiny
 from PIL import Image
 
 from bootvit import checkpoint
+from bootvit.asks import Ask, Asked
 from bootvit.config import Config
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Learner, Networks
@@ -36,7 +37,7 @@ def run(config: Config, stop_after: int | None = None, *, resume: bool = False, 
 def final_weights(path: Path) -> dict[str, torch.Tensor]:
     saved = checkpoint.newest(path / "checkpoints")
     assert saved is not None
-    state = checkpoint.load(saved.path)["learner"]
+    state = checkpoint.load(saved)["learner"]
     moments = {f"moment {i}": m for o in state["optimizers"] for i, s in o["state"].items() for m in s.values()}
     return dict(state["networks"]) | moments
 
@@ -71,6 +72,142 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(changes: dict[str, Any],
     assert resumed["final"] == whole["final"]
     one_journal, other_journal = (measured(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
     assert one_journal == other_journal
+
+
+def after(calls: int) -> Asked:
+    """Asks to stop at the call of this number."""
+    made = 0
+
+    def asked() -> Ask:
+        nonlocal made
+        made += 1
+        return Ask.STOP if made >= calls else Ask.NOTHING
+
+    return asked
+
+
+@pytest.mark.parametrize("calls", [1, 2, 3, 5])  # of 4 steps an epoch, 3 are asked
+@pytest.mark.parametrize("method", ["vit", "joint", "shared"])
+def test_a_run_that_is_stopped_within_an_epoch_goes_on_with_the_next_batch(
+    method: str, calls: int, tmp_path: Path
+) -> None:
+    def config(name: str) -> Config:
+        dropout = {"vit": {"dropout": 0.1}, "agent": {"dropout": 0.1} if method == "joint" else {}}
+        return tiny(name=name, method=method, model=dropout, ray__storage_path=str(tmp_path))
+
+    whole = run(config("whole"))
+    with pytest.raises(KeyboardInterrupt):
+        run(config("cut"), asked=after(calls))
+    saved = checkpoint.newest(tmp_path / "cut" / "checkpoints")
+    assert saved is not None
+    assert (saved.epoch, saved.batch) == ((calls - 1) // 3, (calls - 1) % 3 + 1)
+    resumed = run(config("cut"), resume=True)
+    one, other = final_weights(tmp_path / "whole"), final_weights(tmp_path / "cut")
+    assert set(one) == set(other)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {key: resumed[key] for key in ("final", "steps", "best")} == {
+        key: whole[key] for key in ("final", "steps", "best")
+    }
+    ends, again = (
+        [row for row in measured(tmp_path / name / "metrics.jsonl") if not row[2].startswith("train/")]
+        for name in ("whole", "cut")
+    )
+    assert ends == again
+
+
+def test_every_image_is_seen_once_an_epoch_however_often_it_is_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[bytes] = []
+    real = Learner.step
+
+    def look(self: Learner, batch: Any, *args: Any) -> torch.Tensor:
+        seen.extend(image.numpy().tobytes() for image in batch.images)
+        return real(self, batch, *args)
+
+    monkeypatch.setattr(Learner, "step", look)
+    run(tiny(name="whole", ray__storage_path=str(tmp_path)))
+    whole, seen = seen, []
+    config = tiny(name="cut", ray__storage_path=str(tmp_path))
+    for _ in range(9):
+        with pytest.raises(KeyboardInterrupt):
+            run(config, asked=after(1), resume=True)
+    run(config, resume=True)
+    assert seen == whole
+
+
+def test_a_run_is_saved_every_so_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[int] = []
+    real = checkpoint.write
+
+    def note(folder: Path, data: bytes, **place: Any) -> checkpoint.Saved:
+        written.append(place["step"])
+        return real(folder, data, **place)
+
+    monkeypatch.setattr(checkpoint, "write", note)
+    config = tiny(ray__storage_path=str(tmp_path), schedule__epochs=2, checkpoint={"every_steps": 3, "keep": 1})
+    run(config)
+    assert written == [3, 4, 6, 8]
+    assert [saved.step for saved in checkpoint.described(tmp_path / "tiny" / "checkpoints")] == [8]
+
+
+def test_a_run_is_saved_every_so_many_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[tuple[int, int]] = []
+    real = checkpoint.write
+
+    def note(folder: Path, data: bytes, **place: Any) -> checkpoint.Saved:
+        written.append((place["epoch"], place["batch"]))
+        return real(folder, data, **place)
+
+    monkeypatch.setattr(checkpoint, "write", note)
+    run(tiny(name="often", ray__storage_path=str(tmp_path), schedule__epochs=1, checkpoint={"every_minutes": 1e-9}))
+    assert written == [(0, 1), (0, 2), (0, 3), (1, 0)]
+    written.clear()
+    run(tiny(name="never", ray__storage_path=str(tmp_path), schedule__epochs=1, checkpoint={"every_minutes": None}))
+    assert written == [(1, 0)]
+
+
+@pytest.mark.parametrize("where", ["evaluation", "journal"])
+def test_a_run_that_ends_in_its_evaluation_is_evaluated_when_it_goes_on(
+    where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(tiny(name="whole", ray__storage_path=str(tmp_path)))
+    config = tiny(name="cut", ray__storage_path=str(tmp_path))
+    if where == "evaluation":
+
+        def evaluate(self: Learner, batches: Any) -> Any:
+            raise Stop
+
+        with monkeypatch.context() as patched:
+            patched.setattr(Learner, "evaluate", evaluate)
+            with pytest.raises(Stop):
+                run(config)
+    else:  # killed while the evaluation is written down: its first record is there, its last is not
+        with pytest.raises(Stop):
+            run(config, stop_after=1)
+        journal = tmp_path / "cut" / "metrics.jsonl"
+        lines = journal.read_text().splitlines(keepends=True)
+        first = next(i for i, line in enumerate(lines) if "test/" in line)
+        journal.write_text("".join(lines[: first + 1]))
+    reports: list[tuple[int, bool]] = []
+    folder, _ = claim(config, resume=True, overwrite=False)
+    fit(config, ONE, folder, on_epoch=lambda report: reports.append((report.epoch, bool(report.metrics))))
+    assert reports == [(1, True), (2, True), (3, True)]
+    one, other = (measured(tmp_path / name / "metrics.jsonl") for name in ("whole", "cut"))
+    assert one == other
+
+
+def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
+    data = {"held_out": 0.2}
+    keep = {"best": True, "keep": 1}
+    run(tiny(ray__storage_path=str(tmp_path), data=data, checkpoint=keep, schedule__epochs=6, optim__lr=2e-2))
+    records, _ = read_journal(tmp_path / "tiny" / "metrics.jsonl")
+    curve = {r.step: r.value for r in records if r.name == "held_out/vit/top1"}
+    best = checkpoint.best_of(tmp_path / "tiny" / "checkpoints")
+    assert best is not None
+    assert best.step == max(curve, key=lambda step: (curve[step], -step))
+    kept = [saved.step for saved in checkpoint.described(tmp_path / "tiny" / "checkpoints")]
+    assert kept == sorted({best.step, max(curve)})
 
 
 def test_the_journal_tells_the_run(tmp_path: Path) -> None:
@@ -142,7 +279,7 @@ def test_an_evaluation_that_is_not_finite_ends_the_run(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(Networks, "features", broken)
     with pytest.raises(
-        RunFailed, match=r"the evaluation's loss is not finite: agent=nan .*; there is no checkpoint yet"
+        RunFailed, match=r"the evaluation's loss is not finite: agent=nan .*; the checkpoint of step 4 is kept"
     ):
         run(config)
 

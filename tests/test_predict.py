@@ -178,9 +178,9 @@ def test_weights_that_are_not_finite_give_no_numbers(trained: MakeRun, capsys: p
     _, run_dir = trained()
     saved = checkpoint.newest(run_dir / "checkpoints")
     assert saved is not None
-    state = checkpoint.load(saved.path)
+    state = checkpoint.load(saved)
     state["learner"]["networks"]["vit.head.bias"][0] = float("nan")
-    checkpoint.save(run_dir / "checkpoints", state, epoch=saved.epoch, step=saved.step, final=True)
+    checkpoint.write(run_dir / "checkpoints", checkpoint.pack(state), epoch=saved.epoch, step=saved.step, final=True)
     capsys.readouterr()
     assert main(["predict", "tiny", "images/test", "--json"]) == 1
     seen = capsys.readouterr()

@@ -35,7 +35,7 @@ def here(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def weights(run: Path) -> dict[str, torch.Tensor]:
     saved = checkpoint.newest(run / "checkpoints")
     assert saved is not None
-    return dict(checkpoint.load(saved.path)["learner"]["networks"])
+    return dict(checkpoint.load(saved)["learner"]["networks"])
 
 
 def test_two_workers_train_the_model_of_one_process_and_count_alike(
@@ -87,7 +87,10 @@ def test_ctrl_c_or_a_polite_kill_leaves_a_run_that_goes_on(
     process.send_signal(sent)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
-    assert err.splitlines() == [f"{run}: the same command with --resume goes on", "bootvit: interrupted"]
+    lines = err.splitlines()
+    if lines[0] == "bootvit: stops after this step, with a checkpoint (again: at once)":  # else it was evaluating
+        del lines[0]
+    assert lines == [f"{run}: the same command with --resume goes on", "bootvit: interrupted"]
     result = json.loads((run / "result.json").read_text())
     assert result["status"] == "interrupted"
     assert 0 < result["epochs"] < 150

@@ -369,7 +369,7 @@ def test_training_goes_on_with_the_moments(tmp_path: Path, case: str) -> None:
     again = Learner(load_config(str(done.run / "config.yaml")), 7, ONE)
     newest = checkpoint.newest(done.run / "checkpoints")
     assert newest is not None
-    again.load_state_dict(checkpoint.load(newest.path)["learner"])
+    again.load_state_dict(checkpoint.load(newest)["learner"])
     for one in (learner, again):
         one.step(Batch(x, labels, 6), 3, 1, 1.0)
     for (name, a), b in zip(learner.networks.state_dict().items(), again.networks.state_dict().values(), strict=True):

@@ -423,7 +423,9 @@ def ship(folder: Path) -> None:
 
     config = Config.model_validate_json(json.dumps(yaml.safe_load((folder / "config.yaml").read_text())))
     (folder / "checkpoints").mkdir()
-    (folder / "checkpoints" / "epoch-0002.json").write_text('{"epoch": 2, "step": 20, "sha256": "", "final": true}')
+    (folder / "checkpoints" / "step-00000020.json").write_text(
+        '{"step": 20, "epoch": 2, "batch": 0, "final": true, "sha256": ""}'
+    )
     result = json.loads((folder / "result.json").read_text())
     run = MlflowRun(config, folder, tags=run_tags(config, data_fingerprint="f00d"))
     run.finish("FINISHED" if result["status"] == "finished" else "FAILED", result)

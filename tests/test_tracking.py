@@ -175,9 +175,9 @@ class Store:
     def checkpoint(self, epoch: int, step: int, *, final: bool = False) -> None:
         folder = self.run_dir / "checkpoints"
         folder.mkdir(exist_ok=True)
-        (folder / f"epoch-{epoch:04d}.pt").write_bytes(b"weights")
-        meta = {"epoch": epoch, "step": step, "sha256": "0", "final": final}
-        (folder / f"epoch-{epoch:04d}.json").write_text(json.dumps(meta))
+        (folder / f"step-{step:08d}.safetensors").write_bytes(b"weights")
+        meta = {"step": step, "epoch": epoch, "batch": 0, "final": final, "sha256": "0"}
+        (folder / f"step-{step:08d}.json").write_text(json.dumps(meta))
 
     def result(self, **changes: Any) -> dict[str, Any]:
         result = {
@@ -384,7 +384,7 @@ def test_a_parameter_changed_on_resume_becomes_a_tag(store: Store) -> None:
 def test_finish_sends_the_final_numbers_and_files_and_is_the_same_twice(store: Store) -> None:
     run = store.open()
     (store.run_dir / "config.yaml").write_text("name: a\n")
-    store.journal.write([rec(1), rec(2, "test/vit/top1", 51.5, epoch=1)])
+    store.journal.write([rec(1), rec(2, "test/vit/top1", 51.5, epoch=1), rec(2, "epoch", 2.0, epoch=1)])
     store.checkpoint(2, step=2, final=True)
     result = store.result()
     run.finish("FINISHED", result)
@@ -398,7 +398,7 @@ def test_finish_sends_the_final_numbers_and_files_and_is_the_same_twice(store: S
     names = [item.path for item in client.list_artifacts(found.info.run_id)]
     assert names == ["checkpoint", "config.yaml", "result.json"]
     weights = [item.path for item in client.list_artifacts(found.info.run_id, "checkpoint")]
-    assert weights == ["checkpoint/epoch-0002.json", "checkpoint/epoch-0002.pt"]
+    assert weights == ["checkpoint/step-00000002.json", "checkpoint/step-00000002.safetensors"]
     assert [item.dataset.digest for item in found.inputs.dataset_inputs] == ["f00d"]
 
 

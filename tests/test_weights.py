@@ -38,7 +38,7 @@ def saved_run(folder: Path, **changes: Any) -> tuple[Path, Learner]:
     run, _ = claim(config, resume=False, overwrite=False)
     facts = DataFacts(CLASSES, "abc", Preparation("resize", config.image_size, (0.5,) * 3, (0.2,) * 3))  # type: ignore[arg-type]
     state = {"learner": learner.state_dict(), "progress": {}, "data": facts.to_dict()}
-    checkpoint.save(run.checkpoints, state, epoch=1, step=1, final=False)
+    checkpoint.write(run.checkpoints, checkpoint.pack(state), epoch=1, step=4, final=False)
     return run.path, learner
 
 
@@ -70,9 +70,11 @@ def same(one: torch.nn.Module | None, other: torch.nn.Module | None) -> bool:
 @pytest.mark.parametrize("form", ["run", "checkpoint", "moved checkpoint", "export", "export's file"])
 def test_a_network_starts_from_what_we_write(tmp_path: Path, form: str) -> None:
     run, learner = saved_run(tmp_path)
-    source = {"run": run, "checkpoint": run / "checkpoints" / "epoch-0001.pt"}.get(form, tmp_path / "moved.pt")
+    source = {"run": run, "checkpoint": run / "checkpoints" / "step-00000004.safetensors"}.get(
+        form, tmp_path / "moved.safetensors"
+    )
     if form == "moved checkpoint":
-        shutil.copy(run / "checkpoints" / "epoch-0001.pt", source)
+        shutil.copy(run / "checkpoints" / "step-00000004.safetensors", source)
     elif form.startswith("export"):
         config = tiny(ray__storage_path=str(tmp_path), name="source", seed=7)
         source = export(config, run, "timm", network="vit") / ("model.safetensors" if form.endswith("file") else "")
@@ -263,7 +265,7 @@ def odd_places(folder: Path) -> None:
     write(folder / "young/config.yaml", dump_config(tiny()))
     saved_run(folder / "wide", method="vit", model__vit__width=36)
     run, _ = saved_run(folder / "runs", method="agent")
-    (folder / "cut.pt").write_bytes((run / "checkpoints" / "epoch-0001.pt").read_bytes()[:5000])
+    (folder / "cut.safetensors").write_bytes((run / "checkpoints" / "step-00000004.safetensors").read_bytes()[:5000])
 
 
 MISTAKES = [
@@ -271,7 +273,7 @@ MISTAKES = [
     ("vit", "empty.pth", "empty.pth is empty"),
     ("vit", "text.pth", "text.pth is not a readable file of tensors"),
     ("vit", "text.safetensors", "text.safetensors is not a readable file of tensors"),
-    ("vit", "cut.pt", "cut.pt is not a readable file of tensors"),
+    ("vit", "cut.safetensors", "cut.safetensors is not a readable file of tensors"),
     ("vit", "code.pth", "code.pth is not a readable file of tensors and plain values"),
     ("vit", "folder", "this folder is neither a run nor a timm export"),
     ("vit", "young", "this run has no usable checkpoint"),
@@ -321,7 +323,7 @@ def test_a_runs_own_folder_is_not_its_beginning(tmp_path: Path, capsys: pytest.C
     config = write(tmp_path / "run.yaml", dump_config(tiny(ray__storage_path=str(tmp_path / "runs"), name="source")))
     assert main(["train", str(config), f"model.vit.weights={run}", "--local", "--overwrite"]) == 2
     assert "lies in this run's own folder, which starts anew: use another name=" in capsys.readouterr().err
-    assert (run / "checkpoints" / "epoch-0001.pt").exists()
+    assert (run / "checkpoints" / "step-00000004.safetensors").exists()
 
 
 def test_a_sweep_checks_before_its_first_trial(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -344,8 +346,8 @@ def test_a_sweep_checks_before_its_first_trial(tmp_path: Path, capsys: pytest.Ca
 
 def test_weights_are_read_when_a_run_begins_and_never_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source, _ = saved_run(tmp_path / "from")
-    moved = tmp_path / "source.pt"
-    shutil.copy(source / "checkpoints" / "epoch-0001.pt", moved)
+    moved = tmp_path / "source.safetensors"
+    shutil.copy(source / "checkpoints" / "step-00000004.safetensors", moved)
 
     def config(name: str) -> Config:
         return tiny(ray__storage_path=str(tmp_path / "runs"), name=name, model__vit__weights=str(moved))
@@ -353,7 +355,7 @@ def test_weights_are_read_when_a_run_begins_and_never_again(tmp_path: Path, caps
     def tensors(name: str) -> dict[str, Tensor]:
         saved = checkpoint.newest(tmp_path / "runs" / name / "checkpoints")
         assert saved is not None
-        return checkpoint.load(saved.path)["learner"]["networks"]  # type: ignore[no-any-return]
+        return checkpoint.load(saved)["learner"]["networks"]  # type: ignore[no-any-return]
 
     fit(config("whole"), ONE, claim(config("whole"), resume=False, overwrite=False)[0])
     fresh = tiny(ray__storage_path=str(tmp_path / "runs"), name="fresh")

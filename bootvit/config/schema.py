@@ -172,6 +172,15 @@ class ScheduleConfig(Section):
     agent: AgentScheduleConfig = AgentScheduleConfig()
 
 
+class CheckpointConfig(Section):
+    """When a run is saved, beside the end of every epoch, and how much of it is kept."""
+
+    every_steps: int | None = Field(None, ge=1, description="steps between checkpoints within an epoch; null: none")
+    every_minutes: Positive | None = Field(10.0, description="minutes between checkpoints within an epoch; null: none")
+    keep: int = Field(2, ge=1, description="the newest checkpoints that stay on disk")
+    best: bool = Field(False, description="keep also the best by the first network's held-out (else test) top-1")
+
+
 class RayConfig(Section):
     """Where and on how many workers a run is trained."""
 
@@ -204,6 +213,7 @@ class Config(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["fp32", "bf16", "fp64"] = "fp32"
     compile: bool = False
+    checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()
 

@@ -64,14 +64,17 @@ def import_checkpoint(
     }
     folder, _ = claim(config, resume=False, overwrite=overwrite)
     final = epoch >= config.schedule.epochs
-    checkpoint.save(folder.checkpoints, state, epoch=epoch, step=step, final=final)
+    checkpoint.write(folder.checkpoints, checkpoint.pack(state), step=step, epoch=epoch, final=final)
     return Imported(folder.path, epoch, bool(optimizers))
 
 
 def load(path: Path) -> dict[str, Any]:
     """The checkpoint's content, without running code from it."""
-    with torch.serialization.safe_globals([defaultdict, OrderedDict, dict, list, float, int]):
-        saved = checkpoint.load(path)
+    try:
+        with torch.serialization.safe_globals([defaultdict, OrderedDict, dict, list, float, int]):
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as err:  # torch raises many kinds for a file that is no checkpoint
+        raise UserError(f"{path}: not a readable checkpoint: {str(err).splitlines()[0]}") from err
     if not isinstance(saved, Mapping) or not isinstance(saved.get("model"), Mapping):
         raise UserError(f"{path}: no checkpoint of the reference: it has no 'model'")
     return dict(saved)

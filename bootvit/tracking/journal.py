@@ -36,12 +36,19 @@ class Journal:
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
             file.write("".join(f"{_to_json(record)}\n" for record in records))
 
-    def cut(self, step: int) -> None:
-        """Drop what lies beyond `step`, and a torn last line, in one atomic replacement of the file."""
+    def cut(self, step: int, *, evaluated: bool = True) -> None:
+        """Drop what lies beyond `step`, and a torn last line, in one atomic replacement of the file.
+
+        What an evaluation at `step` has left is dropped too if it was not `evaluated` to its end.
+        """
+
+        def stays(record: Record) -> bool:
+            return record.step < step or (record.step == step and (evaluated or record.name.startswith("train/")))
+
         if not self.path.exists():
             return
         with self.path.open("rb") as old, replacing(self.path) as new:
-            new.writelines(line for line in old if line.endswith(b"\n") and _step(line, self.path) <= step)
+            new.writelines(line for line in old if line.endswith(b"\n") and stays(parse_record(line, self.path, 0)))
 
 
 def read_journal(path: Path, offset: int = 0) -> tuple[list[Record], int]:
@@ -89,10 +96,6 @@ def json_number(value: float) -> float | str:
 def _to_json(record: Record) -> str:
     row: dict[str, Any] = record._asdict()
     return json.dumps(row | {"value": json_number(record.value)}, allow_nan=False)
-
-
-def _step(line: bytes, path: Path) -> int:
-    return parse_record(line, path, 0).step
 
 
 def _drop_torn_line(path: Path) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from bootvit.checkpoint import described
 from bootvit.config import Config, dump_config
 from bootvit.tracking.journal import iter_journal
 from bootvit.tracking.link import Status
@@ -26,7 +27,6 @@ class MlflowRun(TrackedRun):
     def __init__(self, config: Config, run_dir: Path, *, tags: Mapping[str, str], parent: str | None = None) -> None:
         self._config = config
         self._result: dict[str, Any] = {}
-        self._shipped = -1  # step; starts at -1 so that the first sync compares everything with the store
         self._offset = 0  # bytes of the journal that are shipped
         self._read_to = 0  # bytes of the journal that have been read, shipped or not
         self._journal_inode = -1  # a journal that was cut is another file: read it again from its start
@@ -61,7 +61,7 @@ class MlflowRun(TrackedRun):
         return self.sync(now=True)
 
     def _on_connect(self, run: Any) -> None:
-        self._shipped, self._offset, self._dataset_sent = -1, 0, False
+        self._offset, self._dataset_sent = 0, False
         self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
         if self._link.ended in ("FAILED", "KILLED") and not self._finishing:  # a resumed run goes on
             self._reopen()
@@ -69,7 +69,7 @@ class MlflowRun(TrackedRun):
     def _sync(self) -> None:
         self._send_dataset()
         covered = covered_step(self.folder)
-        if covered > self._shipped:
+        if covered >= 0:
             self._ship(covered)
         if self._link.ended and not self._link.complete:
             self._complete(self._link.ended, covered)
@@ -82,21 +82,16 @@ class MlflowRun(TrackedRun):
         if self._link.complete and covered > self._link.shipped_step:
             self._reopen()  # a finished run that was given more epochs
         self._send_points(self._new_points(journal, covered))
-        self._shipped, self._offset = covered, self._read_to
+        self._offset = self._read_to
         self._update_link(shipped_step=covered)
 
     def _new_points(self, journal: Path, covered: int) -> Iterator[Point]:
-        """The journal's points up to `covered`; with each evaluation the epochs done, as an x axis."""
-        evaluated = -1
+        """The journal's points up to `covered`."""
         self._read_to = self._offset
         for record, behind in iter_journal(journal, self._offset):
             if record.step > covered:
                 break
-            milliseconds = int(record.time * 1000)
-            yield Point(record.name, record.value, milliseconds, record.step)
-            if record.name.startswith(("test/", "held_out/")) and record.step != evaluated:
-                evaluated = record.step
-                yield Point("epoch", record.epoch + 1, milliseconds, record.step)
+            yield Point(record.name, record.value, int(record.time * 1000), record.step)
             self._read_to = behind
 
     def _complete(self, status: Status, covered: int) -> None:
@@ -133,18 +128,13 @@ class MlflowRun(TrackedRun):
 
 def covered_step(run_dir: Path) -> int:
     """The newest committed checkpoint's step, up to which the journal is settled; -1 without one."""
-    return max((int(data["step"]) for _, data in _checkpoints(run_dir)), default=-1)
+    return max((saved.step for saved in described(run_dir / "checkpoints")), default=-1)
 
 
 def final_checkpoint(run_dir: Path) -> list[Path]:
     """The files of the checkpoint at the end of training; none if it is not there."""
-    finals = [path for path, data in _checkpoints(run_dir) if data.get("final")]
-    return [file for path in finals[-1:] for file in (path.with_suffix(".pt"), path) if file.exists()]
-
-
-def _checkpoints(run_dir: Path) -> list[tuple[Path, dict[str, Any]]]:
-    paths = sorted((run_dir / "checkpoints").glob("epoch-*.json"))
-    return [(path, json.loads(path.read_text(encoding="utf-8"))) for path in paths]
+    finals = [saved.path for saved in described(run_dir / "checkpoints") if saved.final]
+    return [file for path in finals[-1:] for file in (path, path.with_suffix(".json")) if file.exists()]
 
 
 def final_metrics(result: Mapping[str, Any]) -> dict[str, float]:

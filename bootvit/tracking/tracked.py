@@ -129,7 +129,7 @@ class TrackedRun:
 
     def _send_file(self, path: Path, folder: str | None = None) -> None:
         """Upload a file; a checkpoint, large and never changed, only if it is not there in that size."""
-        if path.suffix == ".pt":
+        if path.suffix == ".safetensors":
             there = {item.path: item.file_size for item in self._client.list_artifacts(self.run_id, folder)}
             if there.get(f"{folder}/{path.name}") == path.stat().st_size:
                 return

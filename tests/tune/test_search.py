@@ -225,18 +225,20 @@ def test_a_copy_is_done_once(tmp_path: Path) -> None:
     member, donor = (trial_config(sweep, {KD: value}, 0, name) for value, name in ((0.1, "member"), (5.0, "donor")))
     for config, text in ((member, "old"), (donor, "good")):
         folder, _ = claim(config, resume=True, overwrite=False)
-        checkpoint.save(folder.checkpoints, {"text": text}, epoch=2, step=10, final=False)
+        checkpoint.write(folder.checkpoints, checkpoint.pack({"text": text}), epoch=2, step=10, final=False)
     changed = trial_config(sweep, {KD: 6.0}, 0, "member")
     copy_member(member.run_dir, donor.run_dir, changed, 2)
     saved = checkpoint.newest(RunFolder(member.run_dir).checkpoints)
     assert saved is not None
-    assert checkpoint.load(saved.path) == {"text": "good"}
+    assert checkpoint.load(saved) == {"text": "good"}
     assert load_config(str(member.run_dir / "config.yaml")).objective.vit.kd == 6.0
-    checkpoint.save(RunFolder(member.run_dir).checkpoints, {"text": "further"}, epoch=3, step=15, final=False)
+    checkpoint.write(
+        RunFolder(member.run_dir).checkpoints, checkpoint.pack({"text": "further"}), epoch=3, step=15, final=False
+    )
     copy_member(member.run_dir, donor.run_dir, changed, 2)
     after = checkpoint.newest(RunFolder(member.run_dir).checkpoints)
     assert after is not None
-    assert checkpoint.load(after.path) == {"text": "further"}
+    assert checkpoint.load(after) == {"text": "further"}
 
 
 @pytest.mark.parametrize("at", ["rmtree", "copyfile", "rename"])
@@ -248,7 +250,7 @@ def test_a_copy_that_was_cut_in_the_middle_is_repaired(
     member, donor = (trial_config(sweep, {KD: value}, 0, name) for value, name in ((0.1, "member"), (5.0, "donor")))
     for config, text in ((member, "old"), (donor, "good")):
         folder, _ = claim(config, resume=True, overwrite=False)
-        checkpoint.save(folder.checkpoints, {"text": text}, epoch=2, step=10, final=False)
+        checkpoint.write(folder.checkpoints, checkpoint.pack({"text": text}), epoch=2, step=10, final=False)
     changed = trial_config(sweep, {KD: 6.0}, 0, "member")
     whole = {"rmtree": (shutil, "rmtree"), "copyfile": (shutil, "copyfile"), "rename": (Path, "rename")}
     place, name = whole[at]
@@ -268,7 +270,7 @@ def test_a_copy_that_was_cut_in_the_middle_is_repaired(
     copy_member(member.run_dir, donor.run_dir, changed, 2)
     saved = checkpoint.newest(RunFolder(member.run_dir).checkpoints)
     assert saved is not None
-    assert checkpoint.load(saved.path) == {"text": "good"}
+    assert checkpoint.load(saved) == {"text": "good"}
     assert load_config(str(member.run_dir / "config.yaml")).objective.vit.kd == 6.0
 
 
@@ -291,9 +293,9 @@ def test_a_copied_member_may_be_resumed_under_its_new_weights(tmp_path: Path) ->
     sweep: Sweep = make_sweep(tmp_path, **PBT)
     config = trial_config(sweep, {KD: 0.1}, 0, "member")
     folder, _ = claim(config, resume=True, overwrite=False)
-    checkpoint.save(folder.checkpoints, {}, epoch=2, step=10, final=False)
+    checkpoint.write(folder.checkpoints, checkpoint.pack({}), epoch=2, step=10, final=False)
     changed = trial_config(sweep, {KD: 0.2}, 0, "member")
     donor, _ = claim(trial_config(sweep, {KD: 1.0}, 0, "donor"), resume=True, overwrite=False)
-    checkpoint.save(donor.checkpoints, {}, epoch=2, step=10, final=False)
+    checkpoint.write(donor.checkpoints, checkpoint.pack({}), epoch=2, step=10, final=False)
     copy_member(config.run_dir, donor.path, changed, 2)
     assert claim(changed, resume=True, overwrite=False)[1] == "unfinished"

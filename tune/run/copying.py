@@ -19,7 +19,7 @@ def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> N
     mark = run_dir / "fork.json"
     if mark.exists() and read_json(mark)["epoch"] >= epoch:
         return
-    saved = next(s for s in checkpoint.described(donor_dir / "checkpoints") if s.epoch == epoch)
+    saved = next(s for s in checkpoint.described(donor_dir / "checkpoints") if (s.epoch, s.batch) == (epoch, 0))
     old, new = run_dir / "checkpoints", run_dir / ".checkpoints.new"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()

@@ -1,16 +1,16 @@
 """One attempt at a trial: an ordinary run in an ordinary run directory, an epoch at a time.
 
 A trial with one worker runs the loop in the process that calls `attempt`; with several, Ray Train's workers run it,
-and this process follows the run directory that they write.
+and this process hears from them through an actor beside it.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Generator, Iterator
-from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import ray
 
 from bootvit import checkpoint
 from bootvit.config import Config, validate
@@ -19,9 +19,9 @@ from bootvit.loop import EpochReport, TestUse, epochs
 from bootvit.result import Result, read_result
 from bootvit.runs import RunFolder, claim, take_lease
 from bootvit.tracking import read_journal
-from bootvit.train import on_workers, pick_device, train_worker
+from bootvit.train import InThread, on_workers, pick_device, train_worker, worker_job
 
-POLL = 0.2  # seconds between two looks at the run directory of workers
+POLL = 0.2  # seconds between two questions to the workers
 
 
 class Report(NamedTuple):
@@ -57,7 +57,8 @@ def attempt(job: Job) -> Generator[Report, None, None]:
             return
         folder = take_lease(folder.path)
     known = reports(folder)
-    for epoch in sorted(known)[: -1 if is_final(folder) else None]:
+    saved = checkpoint.described(folder.checkpoints)
+    for epoch in sorted(known)[: -1 if saved and saved[-1].final else None]:
         if epoch > job.heard:
             yield Report(epoch, known[epoch], False)
     run = in_workers(config, folder, job.test) if config.ray.num_workers > 1 else in_process(config, folder, job)
@@ -66,82 +67,68 @@ def attempt(job: Job) -> Generator[Report, None, None]:
 
 def with_end(run: Generator[EpochReport, None, Result], folder: RunFolder) -> Iterator[Report]:
     """A run's epochs, the last one together with the end: it must not be stopped between the two."""
+    metrics: dict[str, float] | None = None
     while True:
         try:
             report = next(run)
-            while is_final(folder):
+            while report.last:
+                metrics = report.metrics
                 next(run)
         except StopIteration as end:
-            yield Report(end.value["epochs"], reports(folder).get(end.value["epochs"], {}), True)
+            epochs_done = end.value["epochs"]
+            if metrics is None:  # it went on behind its last epoch
+                metrics = reports(folder).get(epochs_done, {})
+            yield Report(epochs_done, metrics, True)
             return
         yield Report(report.epoch, report.metrics, False)
 
 
-def is_final(folder: RunFolder) -> bool:
-    """Whether the newest checkpoint is that of the end of training."""
-    saved = checkpoint.described(folder.checkpoints)
-    return bool(saved) and saved[-1].final
-
-
 def reports(folder: RunFolder) -> dict[int, dict[str, float]]:
-    """{epochs completed: its held-out metrics} up to the newest checkpoint."""
+    """{epochs completed: its held-out metrics}, of those that the newest checkpoint has behind it."""
     saved = checkpoint.described(folder.checkpoints)
-    out: dict[int, dict[str, float]] = {epoch: {} for epoch in range(1, saved[-1].epoch + 1)} if saved else {}
-    for record in read_journal(folder.journal)[0]:
-        if record.epoch + 1 in out and record.name.startswith("held_out/"):
-            out[record.epoch + 1][record.name] = record.value
-    return out
+    records = [r for r in read_journal(folder.journal)[0] if saved and r.step <= saved[-1].step]
+    return {
+        end.epoch + 1: {r.name: r.value for r in records if r.epoch == end.epoch and r.name.startswith("held_out/")}
+        for end in records
+        if end.name == "epoch"
+    }
 
 
 def in_process(config: Config, folder: RunFolder, job: Job) -> Generator[EpochReport, None, Result]:
     """The loop here: no second actor."""
     import torch
 
+    from bootvit.coordinator import Watch
+
     torch.set_num_threads(max(1, int(job.cpus)))
-    return epochs(config, World(0, 1, pick_device(config.ray.use_gpu)), folder, test=job.test)
+    watch = Watch()
+    try:
+        world = World(0, 1, pick_device(config.ray.use_gpu))
+        return (yield from epochs(config, world, folder, test=job.test, asked=watch.asked))
+    finally:
+        watch.close()
 
 
 # ------------------------------------------------------------------------------------------- several workers
 
 
-@dataclass
-class Outcome:
-    """How a `TorchTrainer` in a thread ended."""
-
-    result: Result | None = None
-    error: BaseException | None = None
-
-
 def in_workers(config: Config, folder: RunFolder, test: TestUse) -> Generator[EpochReport, None, Result]:
     """The loop in Ray Train's workers; closing this takes their lease away, so that they end and free their CPUs."""
-    outcome = Outcome()
-    thread = threading.Thread(target=_train, args=(config, folder, test, outcome), daemon=True)
-    last = max(reports(folder), default=0)
-    thread.start()
+    from bootvit.coordinator import start_coordinator
+
+    coordinator = start_coordinator()
+    training = InThread(lambda: on_workers(config, train_worker, worker_job(config, folder, coordinator, test)))
+    known, alive = 0, True
     try:
-        while thread.is_alive():
+        while alive:
             time.sleep(POLL)
-            saved = checkpoint.described(folder.checkpoints)
-            if not saved or saved[-1].epoch <= last or saved[-1].final:
-                continue
-            for epoch, metrics in sorted(reports(folder).items()):
-                if epoch > last:
-                    last = epoch
-                    yield EpochReport(epoch, saved[-1].step, metrics)
-        thread.join()
+            alive = training.is_alive()
+            for report in ray.get(coordinator.reports.remote(known)):
+                known += 1
+                yield report
+        result: Result = training.wait()
+        return result
     finally:
-        if thread.is_alive():
+        if training.is_alive():
             take_lease(folder.path)
-            thread.join()
-    if outcome.error is not None:
-        raise outcome.error
-    assert outcome.result is not None
-    return outcome.result
-
-
-def _train(config: Config, folder: RunFolder, test: TestUse, outcome: Outcome) -> None:
-    job = {"config": config.model_dump(mode="json"), "folder": str(folder.path), "lease": folder.lease, "test": test}
-    try:
-        outcome.result = on_workers(config, train_worker, job)
-    except BaseException as err:  # raised again in the thread that waits for it
-        outcome.error = err
+            training.wait()

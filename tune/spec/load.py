@@ -29,6 +29,7 @@ FORBIDDEN = {
     "name": "every trial has its own name",
     "seed": "use `seeds: [0, 1, 2]`",
     "ray": "it says where trials run, not what they compute; use `resources`",
+    "checkpoint": "it says what is kept of a run, not what it computes",
     "tracking": "it says where trials are recorded, not what they compute",
     "data.held_out": "trials that hold out different images cannot be compared",
 }
