@@ -51,13 +51,15 @@ def train(
     local: Local = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the last checkpoint")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a run of this name first")] = False,
+    take_over: Annotated[bool, typer.Option("--take-over", help="also from a process that trains it now")] = False,
 ) -> None:
     """Train one run."""
     from bootvit.load import load_config
     from bootvit.progress import print_result
     from bootvit.train import train as run
 
-    print_result(run(load_config(config, overrides or []), local=local, resume=resume, overwrite=overwrite))
+    checked = load_config(config, overrides or [])
+    print_result(run(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over))
 
 
 @app.command()

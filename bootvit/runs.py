@@ -1,9 +1,11 @@
 """The run directory: its files, who may write to it, and what state it is in."""
 
+from __future__ import annotations
+
 import os
 import secrets
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -30,10 +32,15 @@ FREE_ON_RESUME = (
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`<ray.storage_path>/<name>/`. `lease` is the writer's id; a folder without it is only read."""
+    """`<ray.storage_path>/<name>/`. `lease` is the driver's id; a folder without it is only read.
+
+    The workers that a driver starts have one more, `group`: those that it takes for dead, because they are cut off
+    from it, stop when it has started others.
+    """
 
     path: Path
     lease: str | None = None
+    group: str | None = None
 
     @property
     def config(self) -> Path:
@@ -57,9 +64,17 @@ class RunFolder:
 
     def check_lease(self) -> None:
         """Raise `RunFailed` if another driver has taken the run: workers of a killed driver live on for seconds."""
-        held = self.path / "lease.json"
-        if self.lease is None or not held.exists() or read_json(held)["id"] != self.lease:
+        path = self.path / "lease.json"
+        held = read_json(path) if path.exists() else {}
+        if self.lease is None or held.get("id") != self.lease or self.group not in (None, held.get("group")):
             raise RunFailed(f"{self.path}: another process has taken over this run; this one stops")
+
+    def for_this_group(self) -> RunFolder:
+        """The folder for a new group of the driver's workers, which takes it from the one before."""
+        self.check_lease()
+        mine = replace(self, group=secrets.token_hex(8))
+        write_json(self.path / "lease.json", {"id": self.lease, "group": mine.group})
+        return mine
 
     def write_result(self, result: Result) -> None:
         """Replace result.json."""

@@ -22,6 +22,7 @@ from bootvit.asks import on_signals, say_stopping
 from bootvit.config import Config, override, validate
 from bootvit.data import DataSplits, facts_of, open_splits
 from bootvit.errors import RunFailed, UserError
+from bootvit.heartbeat import Heartbeat, check_nobody_writes
 from bootvit.idle import warn_of_idle_keys
 from bootvit.learner import World
 from bootvit.load import load_config
@@ -34,8 +35,12 @@ from bootvit.runs import RunFolder, check_same_data, check_storage, claim
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 from bootvit.weights import check_weights
 
+START_S = 60.0  # seconds that Ray Train waits for its workers before it counts that as a failure
 
-def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool = False) -> Result:
+
+def train(
+    config: Config, *, local: bool, resume: bool = False, overwrite: bool = False, take_over: bool = False
+) -> Result:
     """Train one run to its end and return what its `result.json` says.
 
     Raises `UserError` before anything is taken, and `RunFailed` for a run that could not go on.
@@ -46,6 +51,8 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
     else:
         start_ray(config)
     run = run_local if local else run_under_ray
+    if (resume or overwrite) and not take_over:
+        check_nobody_writes(config.run_dir)
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
         print(f"{folder.path} is finished; nothing to do")
@@ -56,7 +63,7 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
     warn_of_idle_keys(config, splits, local=local)
     for note in splits.notes:
         print(f"note: {note}", flush=True)
-    with following(config, folder, splits) as follower:
+    with Heartbeat(folder.path), following(config, folder, splits) as follower:
         result = finish(config, folder, splits, lambda: run(config, folder), follower)
     return result
 
@@ -65,7 +72,7 @@ def check(config: Config, *, local: bool, resume: bool) -> DataSplits:
     """Open the data and find every mistake that can be found before a resource is taken; raises `UserError`."""
     check_tracking(config)
     check_storage(config)
-    if local and config.ray.num_workers > 1:
+    if local and config.ray.most > 1:
         raise UserError(f"ray.num_workers={config.ray.num_workers}: --local is one process; leave it out for Ray Train")
     splits = open_splits(config.data)
     check_evaluable(config, splits)
@@ -227,7 +234,7 @@ def start_ray(config: Config) -> None:
         raise UserError("Ray is not installed: pip install 'bootvit[ray]', or add --local")
     from cluster.capacity import check_cluster, train_workers
 
-    connect_ray(config.ray.num_workers * config.ray.cpus_per_worker)
+    connect_ray(config.ray.most * config.ray.cpus_per_worker)
     check_cluster(train_workers(config), "the cluster")
 
 
@@ -312,10 +319,10 @@ def on_workers(
     """
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
-    from ray.train.torch import TorchTrainer
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     gpus = ray.cluster_resources().get("GPU", 0)
-    use_gpu = config.ray.use_gpu if config.ray.use_gpu is not None else gpus >= config.ray.num_workers
+    use_gpu = config.ray.use_gpu if config.ray.use_gpu is not None else gpus >= config.ray.fewest
     resources = {"CPU": config.ray.cpus_per_worker} | ({"GPU": 1.0} if use_gpu else {})
     trainer = TorchTrainer(
         worker,
@@ -323,17 +330,18 @@ def on_workers(
         scaling_config=ScalingConfig(
             num_workers=config.ray.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
+        torch_config=TorchConfig(timeout_s=math.ceil(config.ray.collective_timeout)),
         run_config=RunConfig(
             name=f".ray-{config.name}-{os.getpid()}",
             storage_path=config.ray.storage_path,
-            failure_config=FailureConfig(max_failures=max_failures),
+            failure_config=FailureConfig(max_failures, controller_failure_limit=starts(config)),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
     try:
         return trainer.fit().return_value
     except TrainingFailedError as err:
-        raise original_error(err) from err
+        raise original_error(err, config) from err
     except ray.exceptions.RayError as err:  # such as of Ray Train's own actor that was killed for want of memory
         raise RunFailed(f"Ray failed: {type(err).__name__}: {str(err).strip().splitlines()[0]}") from err
     except SystemExit as err:  # Ray Train's answer to Ctrl-C, when it has stopped the workers
@@ -342,8 +350,19 @@ def on_workers(
         clear_ray_storage(config)
 
 
-def original_error(err: Exception) -> Exception:
+def starts(config: Config) -> int:
+    """How often Ray Train may wait anew for nodes that do not come, once its first wait is over."""
+    each = float(os.environ.get("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", START_S))
+    return max(0, math.ceil(60 * config.ray.wait_minutes / each) - 1)
+
+
+def original_error(err: Exception, config: Config) -> Exception:
     """The first error of a worker behind Ray's: the user's and the run's own kinds pass unchanged."""
+    if type(getattr(err, "controller_failure", None)).__name__ == "WorkerGroupStartupTimeoutError":
+        return RunFailed(
+            f"ray.num_workers={config.ray.num_workers}: the cluster had no room for {config.ray.fewest} of them within "
+            f"ray.wait_minutes={config.ray.wait_minutes:g}; the same command with --resume goes on once it has"
+        )
     failures = getattr(err, "worker_failures", {}) or {}
     errors = list(failures.values())
     for kind in (UserError, RunFailed):
@@ -379,6 +398,8 @@ def train_worker(job: dict[str, Any]) -> Result | None:
         ray.train.report({"epoch": report.epoch, "step": report.step})
 
     folder = RunFolder(Path(job["folder"]), job["lease"])
+    if world.rank == 0:
+        folder = folder.for_this_group()
     watch = Watch(coordinator)
     try:
         return fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)

@@ -36,12 +36,12 @@ def train_workers(config: Config) -> Workers:
     asked = f"ray.num_workers={ray.num_workers} with ray.cpus_per_worker={ray.cpus_per_worker:g}"
     if ray.use_gpu:
         asked += " and ray.use_gpu=true"
-    return Workers(ray.num_workers, ray.cpus_per_worker, float(bool(ray.use_gpu)), asked)
+    return Workers(ray.fewest, ray.cpus_per_worker, float(bool(ray.use_gpu)), asked)
 
 
 def trial_workers(sweep: Sweep) -> Workers:
     """The workers of one trial; `resources` are those of all of them together."""
-    count = sweep.base.ray.num_workers
+    count = sweep.base.ray.most
     asked = f"a trial with resources.cpu={sweep.cpus:g} and resources.gpu={sweep.gpus:g} over ray.num_workers={count}"
     return Workers(count, sweep.cpus / count, sweep.gpus / count, asked)
 

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Size = Annotated[int, Field(ge=1)] | tuple[Annotated[int, Field(ge=1)], Annotated[int, Field(ge=1)]]
+Count = Annotated[int, Field(ge=1)]
+Size = Count | tuple[Count, Count]
 Method = Literal["vit", "agent", "joint", "shared"]
 Network = Literal["vit", "agent"]
 
@@ -184,11 +185,31 @@ class CheckpointConfig(Section):
 class RayConfig(Section):
     """Where and on how many workers a run is trained."""
 
-    num_workers: int = Field(1, ge=1)
+    num_workers: Count | tuple[Count, Count] = Field(
+        1, description="[fewest, most]: as many as the cluster has room for, while it shrinks and grows"
+    )
     cpus_per_worker: Positive = 1
     use_gpu: bool | None = Field(None, description="null: a GPU per worker where the cluster has them")
     storage_path: str = Field("./runs", description="parent of the run directories; every node must see it")
     max_failures: int = Field(0, ge=0, description="restarts from the last checkpoint after a lost worker")
+    wait_minutes: Positive = Field(30.0, description="how long workers wait for nodes, at the start and after a loss")
+    collective_timeout: Positive = Field(1800.0, description="seconds after which workers that hang count as lost")
+
+    @property
+    def fewest(self) -> int:
+        """Workers without which the run waits."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most(self) -> int:
+        """Workers that it never has more of."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.fewest > self.most:
+            raise ValueError(f"num_workers=[{self.fewest}, {self.most}]: the fewest come first")
+        return self
 
 
 class TrackingConfig(Section):
@@ -243,9 +264,9 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _batch_feeds_every_worker(self) -> Self:
-        if self.data.batch_size < self.ray.num_workers:
+        if self.data.batch_size < self.ray.most:
             raise ValueError(
-                f"data.batch_size={self.data.batch_size} is smaller than ray.num_workers={self.ray.num_workers}: "
+                f"data.batch_size={self.data.batch_size} is smaller than ray.num_workers={self.ray.most}: "
                 "every worker needs an image"
             )
         return self

@@ -387,7 +387,7 @@ def check_batches(config: Config, train_images: int) -> None:
 
     `train_images` is the number of images that the run trains on: a batch is at most so large.
     """
-    workers, batch = config.ray.num_workers, min(config.data.batch_size, train_images)
+    workers, batch = config.ray.most, min(config.data.batch_size, train_images)
     if "agent" not in config.networks or batch // workers != 1 or (config.model.agent.sync_norm and workers > 1):
         return  # with sync_norm every BatchNorm sees the shares of all workers
     if _norms_take_one_image(config):

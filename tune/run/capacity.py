@@ -15,7 +15,10 @@ LOOK_S = 1.0  # seconds between two looks at the cluster's nodes
 
 def check_resources(sweep: Sweep) -> None:
     """Refuse resources that no machine can give as they are asked for."""
-    workers, gpu = sweep.base.ray.num_workers, sweep.gpus
+    workers, gpu = sweep.base.ray.most, sweep.gpus
+    if sweep.base.ray.fewest != workers:
+        given = f"ray.num_workers=[{sweep.base.ray.fewest}, {workers}]"
+        raise UserError(f"{sweep.path}: {given}: the trials of a sweep have one number of workers")
     if gpu > 1 and gpu != int(gpu):
         raise UserError(f"{sweep.path}: resources.gpu={gpu:g}: a fraction of one GPU, or whole GPUs")
     if workers > 1 and gpu not in (0, workers):
@@ -78,7 +81,7 @@ def actor_resources(sweep: Sweep) -> dict[str, float]:
     With several workers it takes next to nothing (a byte of memory: Ray refuses an empty request), because Ray Train's
     workers take the CPUs; an actor that held some of them could wait for ever for workers that wait for it.
     """
-    if sweep.base.ray.num_workers > 1:
+    if sweep.base.ray.most > 1:
         return {"memory": 1}
     gpu = {"GPU": sweep.gpus} if sweep.gpus else {}
     return {"CPU": sweep.cpus, **gpu}

@@ -182,7 +182,7 @@ class Driver:
     def config(self, trial: Trial) -> Config:
         """A trial's whole config: an ordinary run at `trials/<id>/`."""
         config = trial_config(self._sweep, trial.overrides, trial.spec.seed, trial.spec.id)
-        workers = config.ray.num_workers
+        workers = config.ray.most
         each = {"cpus_per_worker": self._sweep.cpus / workers, "use_gpu": self._sweep.gpus > 0}
         return override(config, {"ray": each})
 
@@ -198,7 +198,7 @@ class Driver:
         from tune.run.work import Work
 
         sweep = self._sweep
-        several = sweep.base.ray.num_workers > 1
+        several = sweep.base.ray.most > 1
         retries, timeout = sweep.file.retries, sweep.file.trial_timeout
         return Work(conductor, job, room, actor_resources(sweep), several, retries, timeout)
 

@@ -61,7 +61,7 @@ def attempt(job: Job) -> Generator[Report, None, None]:
     for epoch in sorted(known)[: -1 if saved and saved[-1].final else None]:
         if epoch > job.heard:
             yield Report(epoch, known[epoch], False)
-    run = in_workers(config, folder, job.test) if config.ray.num_workers > 1 else in_process(config, folder, job)
+    run = in_workers(config, folder, job.test) if config.ray.most > 1 else in_process(config, folder, job)
     yield from with_end(run, folder)
 
 

@@ -210,7 +210,7 @@ class Sweep:
     @property
     def cpus(self) -> float:
         """CPUs of one trial, all its workers together."""
-        return float(self.file.resources.cpu or self.base.ray.num_workers * self.base.ray.cpus_per_worker)
+        return float(self.file.resources.cpu or self.base.ray.most * self.base.ray.cpus_per_worker)
 
     @property
     def gpus(self) -> float:

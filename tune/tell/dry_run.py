@@ -90,7 +90,7 @@ def _where(sweep: Sweep) -> list[str]:
         [
             quantity(sweep.cpus, "CPU"),
             quantity(file.resources.gpu, "GPU"),
-            quantity(sweep.base.ray.num_workers, "worker"),
+            quantity(sweep.base.ray.most, "worker"),
         ]
     )
     at_once = "as many as fit" if file.concurrency == "auto" else file.concurrency
