@@ -123,6 +123,20 @@ def predict(
     return int(failed)
 
 
+@app.command()
+def logs(
+    run: RunName,
+    rank: Annotated[Optional[int], typer.Option(metavar="N", help="only this worker; default: all")] = None,  # noqa: UP045
+    attempt: Annotated[Optional[int], typer.Option(metavar="N", help="default: the newest")] = None,  # noqa: UP045
+) -> None:
+    """Print what the workers of a run have said, wherever they ran: warnings, errors with their tracebacks, epochs."""
+    from bootvit.runs import open_run
+    from bootvit.worker_log import read_logs
+
+    for line in read_logs(open_run(run)[1].path, rank, attempt):
+        typer.echo(line)
+
+
 @app.command("config")
 def show_config(config: ConfigName, overrides: Overrides = None) -> None:
     """Print the resolved config; that file, run again, is the same run."""

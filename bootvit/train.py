@@ -30,6 +30,7 @@ from bootvit.ray_connection import check_address, one_line_for, session_folder
 from bootvit.runs import RunFolder, check_same_data, check_storage, claim
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 from bootvit.weights import check_weights
+from bootvit.worker_log import worker_log
 
 
 def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -42,6 +43,9 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
         pick_device(config.ray.use_gpu)
     else:
         start_ray(config)
+        from cluster.probe import check_nodes, places_of
+
+        check_nodes(places_of(config))
     run = run_local if local else run_under_ray
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
@@ -320,10 +324,12 @@ def train_worker(job: dict[str, Any]) -> dict[str, Any]:
     world = ray_world(config)
 
     def sign_of_life(report: EpochReport) -> None:
+        print(f"epoch {report.epoch}, step {report.step}", flush=True)  # to this worker's log
         ray.train.report({"epoch": report.epoch, "step": report.step})
 
     folder = RunFolder(Path(job["folder"]), job["lease"])
-    return fit(config, world, folder, test=job.get("test", "auto"), on_epoch=sign_of_life)
+    with worker_log(folder, world):
+        return fit(config, world, folder, test=job.get("test", "auto"), on_epoch=sign_of_life)
 
 
 def ray_world(config: Config) -> World:

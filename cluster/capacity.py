@@ -97,12 +97,21 @@ def known_nodes(status: Mapping[str, Any]) -> list[Node] | None:
 
 
 def live_nodes() -> list[Node]:
-    """The nodes of the connected Ray that take work: alive, and not about to be taken away."""
+    """The nodes of the connected Ray that may take work: alive, and not about to be taken away."""
+    return [node["Resources"] for node in _live()]
+
+
+def working_nodes() -> list[Mapping[str, Any]]:
+    """Those of them that have a CPU or a GPU, as Ray describes them (`NodeID`, `NodeManagerAddress` ...)."""
+    return [node for node in _live() if any(node["Resources"].get(kind, 0) for kind in ("CPU", "GPU"))]
+
+
+def _live() -> list[Mapping[str, Any]]:
     import ray
     from ray._private.state import state
 
     leaving = state.get_draining_nodes()  # Ray has no public call for it
-    return [node["Resources"] for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    return [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
 
 
 def check_cluster(workers: Workers, where: str) -> None:

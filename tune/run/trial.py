@@ -19,6 +19,7 @@ from bootvit.loop import EpochReport, TestUse, epochs
 from bootvit.runs import RunFolder, claim, take_lease
 from bootvit.tracking import read_journal
 from bootvit.train import on_workers, pick_device, train_worker
+from bootvit.worker_log import check_seen, worker_log
 
 POLL = 0.2  # seconds between two looks at the run directory of workers
 
@@ -48,6 +49,7 @@ def attempt(job: Job) -> Generator[Report, None, None]:
     A run that is finished is done at once, unless it has yet to meet the test set.
     """
     config = validate(Config, job.config, "trial")
+    check_seen(config.run_dir.parent.parent / "sweep.yaml")  # else the trial would be claimed on this node's own disk
     folder, state = claim(config, resume=True, overwrite=False)
     if state == "finished":
         result = checkpoint.read_json(folder.result)
@@ -97,7 +99,9 @@ def in_process(config: Config, folder: RunFolder, job: Job) -> Generator[EpochRe
     import torch
 
     torch.set_num_threads(max(1, int(job.cpus)))
-    return epochs(config, World(0, 1, pick_device(config.ray.use_gpu)), folder, test=job.test)
+    world = World(0, 1, pick_device(config.ray.use_gpu))
+    with worker_log(folder, world):
+        return (yield from epochs(config, world, folder, test=job.test))
 
 
 # ------------------------------------------------------------------------------------------- several workers
