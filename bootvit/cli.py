@@ -270,8 +270,9 @@ def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- train|sweep ...", help="the command to run there")],
     address: Annotated[Optional[str], typer.Option(help="the cluster's dashboard, http://host:8265")] = None,  # noqa: UP045
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the job's log to its end")] = True,
+    pip: Annotated[bool, typer.Option("--pip", help="install there first what is installed here, pinned")] = False,
 ) -> int:
     """Run `train` or `sweep` as a job on a Ray cluster."""
     from cluster.submit import submit as send
 
-    return send(command, address=address, wait=wait)
+    return send(command, address=address, wait=wait, pip=pip)

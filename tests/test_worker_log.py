@@ -95,6 +95,7 @@ def test_the_command_prints_all_workers_or_one(
     for rank in (0, 1):  # the second is told by the first
         with worker_log(folder, World(rank, 2, torch.device("cpu"))):
             print(f"I am {rank}")
+    capsys.readouterr()
     assert main(["logs", "tiny"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith(("==>", "I am"))] == [
