@@ -30,6 +30,7 @@ class Workers:
     cpus: float
     gpus: float
     asked: str  # the keys that ask for it, for the error
+    gpu_if_there: bool = False  # one GPU, where the cluster has any
 
 
 def train_workers(config: Config) -> Workers:
@@ -38,7 +39,8 @@ def train_workers(config: Config) -> Workers:
     asked = f"ray.num_workers={ray.num_workers} with ray.cpus_per_worker={ray.cpus_per_worker:g}"
     if ray.use_gpu:
         asked += " and ray.use_gpu=true"
-    return Workers(ray.num_workers, ray.cpus_per_worker, float(bool(ray.use_gpu)), asked)
+    gpus, if_there = float(bool(ray.use_gpu)), ray.use_gpu is None
+    return Workers(ray.num_workers, ray.cpus_per_worker, gpus, asked, if_there)
 
 
 def trial_workers(sweep: Sweep) -> Workers:
@@ -113,7 +115,8 @@ def driver_place(workers: Workers | None, nodes: Sequence[Node], *, trains: bool
     and waits there until its memory is free; where the head is too small, to any node that has the memory.
     """
     if trains and workers is not None:
-        return {"entrypoint_num_cpus": workers.cpus, "entrypoint_num_gpus": workers.gpus}
+        gpu = workers.gpu_if_there and any(node.get("GPU", 0) >= 1 for node in nodes)
+        return {"entrypoint_num_cpus": workers.cpus, "entrypoint_num_gpus": max(workers.gpus, float(gpu))}
     with_room = [node for node in nodes if node.get("memory", 0) >= DRIVER_MEMORY]
     if not with_room:
         return {}
