@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 import time
@@ -140,6 +141,12 @@ def test_what_one_node_does_not_see_is_refused_before_the_name_is_taken(cluster:
     done = bootvit(cluster, theirs, "train", "tiny.yaml", "ray.num_workers=2", "tracking.enabled=true")
     assert done.returncode == 0, done.stderr
     assert json.loads((theirs / "runs" / "tiny" / "result.json").read_text())["status"] == "finished"
+    done = bootvit(cluster, theirs, "logs", "tiny")
+    assert set(re.findall(r"rank \d of 2 on .* address ([0-9.]+);", done.stdout)) == {
+        cluster.ip.removesuffix("1") + one.name.split("-")[1] for one in (fine, node)
+    }
+    assert done.stdout.count("epoch 3, step ") == 2
+    assert len(re.findall(r"\S+ ended\n", done.stdout)) == 2
     done = bootvit(cluster, theirs, "eval", "tiny", "ray.num_workers=2", "--json")
     assert json.loads(done.stdout)["vit"]["total"] > 0
     for one in (fine, node):
