@@ -174,8 +174,11 @@ class LocalCluster:
             node.process.kill()
         for node in list(self.nodes):
             self.kill_node(node)
-        if self._bridge and has_link(self._bridge):
-            run("ip", "link", "delete", self._bridge)
+        if self._bridge:
+            for left in Path("/run/netns").glob(f"{self._bridge}.*"):  # of a node that could not be begun
+                run("ip", "netns", "delete", left.name)
+            if has_link(self._bridge):
+                run("ip", "link", "delete", self._bridge)
         shutil.rmtree(self._folder, ignore_errors=True)
 
     # ----------------------------------------------------------------------------------------- how it is done
