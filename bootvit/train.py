@@ -262,6 +262,7 @@ def on_workers(
 
     The original error of a worker is raised here: `UserError` and `RunFailed` as they are.
     """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # with it, what a worker prints is in its log twice
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchTrainer

@@ -176,7 +176,7 @@ class LocalCluster:
             self.kill_node(node)
         if self._bridge:
             for left in Path("/run/netns").glob(f"{self._bridge}.*"):  # of a node that could not be begun
-                run("ip", "netns", "delete", left.name)
+                unplug(left.name)
             if has_link(self._bridge):
                 run("ip", "link", "delete", self._bridge)
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -269,9 +269,7 @@ class LocalCluster:
         while processes_of(node.folder) and time.monotonic() < until:
             time.sleep(0.05)
         if node.link is not None:
-            run("ip", "netns", "delete", node.link)
-            if has_link(node.link):
-                run("ip", "link", "delete", node.link)
+            unplug(node.link)
         shutil.rmtree(node.folder, ignore_errors=True)
 
 
@@ -324,6 +322,13 @@ def run(*words: str) -> None:
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise RunFailed(f"{shlex.join(words)}: {done.stderr.strip() or f'status {done.returncode}'}")
+
+
+def unplug(link: str) -> None:
+    """Remove a cable with both of its ends, then the namespace of the same name: it would take its end along later."""
+    if has_link(link):
+        run("ip", "link", "delete", link)
+    run("ip", "netns", "delete", link)
 
 
 def has_link(name: str) -> bool:
@@ -408,7 +413,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = Parser(prog="python -m cluster.local", description="Several Ray nodes on this machine, until Ctrl-C.")
     parser.add_argument("--nodes", type=number(1), default=3, metavar="N", help="with the head; default: 3")
     parser.add_argument("--cpus-per-node", type=number(0), default=1, metavar="N", help="default: 1")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for sent in (signal.SIGINT, signal.SIGTERM):  # a shell lets its background jobs ignore the first
+        signal.signal(sent, signal.default_int_handler)
     try:
         options = parser.parse_args(argv)
         if find_spec("ray") is None:

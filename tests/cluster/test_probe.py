@@ -45,8 +45,8 @@ def test_a_folder_that_is_written_to_is_marked_while_it_is_asked_for(tmp_path: P
         assert answerer()(asked)["wrong"] == ["it is another folder"] * 2
         mark.unlink()
         assert answerer()(asked)["wrong"] == ["No such file or directory"] * 2
-    assert list(tmp_path.iterdir()) == []
     assert seen(new) is None
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_what_is_read_must_be_there(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_what_one_node_does_not_see_is_refused_before_the_name_is_taken(cluster:
     assert set(re.findall(r"rank \d of 2 on .* address ([0-9.]+);", done.stdout)) == {
         cluster.ip.removesuffix("1") + one.name.split("-")[1] for one in (fine, node)
     }
-    assert done.stdout.count("epoch 3, step ") == 2
+    assert done.stdout.count("\nepoch 3, step ") == 2
     assert len(re.findall(r"\S+ ended\n", done.stdout)) == 2
     done = bootvit(cluster, theirs, "eval", "tiny", "ray.num_workers=2", "--json")
     assert json.loads(done.stdout)["vit"]["total"] > 0
