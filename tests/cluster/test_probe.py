@@ -8,7 +8,6 @@ import pickle
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -117,7 +116,10 @@ def test_what_one_node_does_not_see_is_refused_before_the_name_is_taken(cluster:
     for folder in (ours, theirs):
         folder.mkdir()
     write(theirs / "tiny.yaml", dump_config(make_config(TINY, "tiny")))
-    write(theirs / "few.yaml", "name: few\nbase: tiny.yaml\nspace: {seed: {grid: [1, 2]}}\nset: {data.held_out: 0.1}\n")
+    write(
+        theirs / "few.yaml",
+        "name: few\nbase: tiny.yaml\nspace: {optim.lr: {grid: [1e-3, 2e-3]}}\nset: {data.held_out: 0.1}\n",
+    )
     fine = cluster.add_node()
     node = cluster.add_node(hide=[ours])
     ip = cluster.ip.removesuffix("1") + node.name.split("-")[1]
@@ -129,11 +131,9 @@ def test_what_one_node_does_not_see_is_refused_before_the_name_is_taken(cluster:
         (["sweep", "few.yaml", storage], f"{storage}: {line.format(f'{ours}/runs')}give a folder that every node"),
         (["train", "tiny.yaml", "tracking.enabled=true", database], f"{database}: {line.format(ours)}give a folder"),
     ):
-        begin = time.monotonic()
         done = bootvit(cluster, theirs, *words)
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert done.stderr.startswith(f"bootvit: error: {start}")
-        assert time.monotonic() - begin < 90, "with the imports, on a busy machine"
     assert list(ours.iterdir()) == []
     assert not (theirs / "runs").exists()
     assert not list(theirs.glob(".bootvit*"))
