@@ -138,7 +138,8 @@ def test_what_one_node_does_not_see_is_refused_before_the_name_is_taken(cluster:
     assert not (theirs / "runs").exists()
     assert not list(theirs.glob(".bootvit*"))
 
-    done = bootvit(cluster, theirs, "train", "tiny.yaml", "ray.num_workers=2", "tracking.enabled=true")
+    words = ("ray.num_workers=2", "tracking.enabled=true", f"ray.storage_path={theirs}/runs")
+    done = bootvit(cluster, theirs, "train", "tiny.yaml", *words)
     assert done.returncode == 0, done.stderr
     assert json.loads((theirs / "runs" / "tiny" / "result.json").read_text())["status"] == "finished"
     done = bootvit(cluster, theirs, "logs", "tiny")
