@@ -125,6 +125,20 @@ def predict(
     return int(failed)
 
 
+@app.command()
+def logs(
+    run: RunName,
+    rank: Annotated[Optional[int], typer.Option(metavar="N", help="only this worker; default: all")] = None,  # noqa: UP045
+    attempt: Annotated[Optional[int], typer.Option(metavar="N", help="default: the newest")] = None,  # noqa: UP045
+) -> None:
+    """Print what the workers of a run have said, wherever they ran: warnings, errors with their tracebacks, epochs."""
+    from bootvit.runs import open_run
+    from bootvit.worker_log import read_logs
+
+    for line in read_logs(open_run(run)[1].path, rank, attempt):
+        typer.echo(line)
+
+
 @app.command("config")
 def show_config(config: ConfigName, overrides: Overrides = None) -> None:
     """Print the resolved config; that file, run again, is the same run."""
@@ -259,8 +273,9 @@ def submit(
     command: Annotated[list[str], typer.Argument(metavar="-- train|sweep ...", help="the command to run there")],
     address: Annotated[Optional[str], typer.Option(help="the cluster's dashboard, http://host:8265")] = None,  # noqa: UP045
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the job's log to its end")] = True,
+    pip: Annotated[bool, typer.Option("--pip", help="install there first what is installed here, pinned")] = False,
 ) -> int:
     """Run `train` or `sweep` as a job on a Ray cluster."""
     from cluster.submit import submit as send
 
-    return send(command, address=address, wait=wait)
+    return send(command, address=address, wait=wait, pip=pip)

@@ -45,6 +45,10 @@ def evaluate(config: Config, run_dir: Path, *, local: bool) -> Evaluation:
     if local:
         return evaluate_here(config, run_dir, World(0, 1, pick_device(config.ray.use_gpu)))
     start_ray(config)
+    from cluster.probe import check_nodes, reads
+
+    data = [] if config.data.root is None else [reads(f"data.root={config.data.root}", Path(config.data.root))]
+    check_nodes([reads(str(run_dir), run_dir / "config.yaml"), *data])
     job = {"config": config.model_dump(mode="json"), "run_dir": str(run_dir)}
     return Evaluation(*on_workers(config, eval_worker, job))
 

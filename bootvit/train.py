@@ -34,6 +34,7 @@ from bootvit.result import Result, RunStatus, new_result, read_result
 from bootvit.runs import RunFolder, check_same_data, check_storage, claim
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 from bootvit.weights import check_weights
+from bootvit.worker_log import worker_log
 
 START_S = 60.0  # seconds that Ray Train waits for its workers before it counts that as a failure
 
@@ -50,6 +51,9 @@ def train(
         pick_device(config.ray.use_gpu)
     else:
         start_ray(config)
+        from cluster.probe import check_nodes, places_of
+
+        check_nodes(places_of(config))
     run = run_local if local else run_under_ray
     if (resume or overwrite) and not take_over:
         check_nobody_writes(config.run_dir)
@@ -317,6 +321,7 @@ def on_workers(
 
     The original error of a worker is raised here: `UserError` and `RunFailed` as they are.
     """
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # with it, what a worker prints is in its log twice
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -393,6 +398,7 @@ def train_worker(job: dict[str, Any]) -> Result | None:
     world, coordinator = ray_world(config), job["coordinator"]
 
     def tell(report: EpochReport) -> None:
+        print(f"epoch {report.epoch}, step {report.step}", flush=True)  # to this worker's log
         if world.rank == 0:
             coordinator.report.remote(report)
         ray.train.report({"epoch": report.epoch, "step": report.step})
@@ -402,7 +408,8 @@ def train_worker(job: dict[str, Any]) -> Result | None:
         folder = folder.for_this_group()
     watch = Watch(coordinator)
     try:
-        return fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
+        with worker_log(folder, world):
+            return fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
     except KeyboardInterrupt:
         return None
     finally:

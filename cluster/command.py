@@ -34,6 +34,7 @@ class Command:
     files: frozenset[Path]
     name: str
     workers: Workers | None  # None: nothing is asked of the cluster
+    trains: bool = False  # the job's first process itself, in place of workers (`--local`)
 
 
 def check_command(words: Sequence[str], env: Mapping[str, str] = os.environ) -> Command:
@@ -49,14 +50,14 @@ def check_command(words: Sequence[str], env: Mapping[str, str] = os.environ) -> 
     overrides = [words[i] for i in places[1:]]
     path = find_config(words[places[0]])
     checked = _check_train(path, overrides, env) if words[0] == "train" else _check_sweep(path, overrides, env)
-    local = "--local" in words or "--dry-run" in words
     return Command(
         words=tuple(words),
         config_at=places[0],
         config=path.resolve(),
         files=frozenset(_files(path) | _files(checked.base)),
         name=checked.name,
-        workers=None if local else checked.workers,
+        workers=None if "--dry-run" in words else checked.workers,
+        trains="--local" in words,
     )
 
 

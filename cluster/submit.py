@@ -14,9 +14,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from bootvit.errors import RunFailed, UserError
-from cluster.capacity import Workers, check_capacity, known_nodes
+from cluster.capacity import Workers, check_capacity, driver_place, known_nodes, reported_nodes
 from cluster.client import connect, dashboard
 from cluster.command import check_command
+from cluster.environment import pins
 from cluster.logs import follow, say
 from cluster.staging import stage
 
@@ -39,10 +40,21 @@ class Job:
     folder: Path
     env: Mapping[str, str]
     workers: Workers | None = None  # None: whatever it needs is there
+    trains: bool = False  # the driver itself, in place of workers
+    pip: tuple[str, ...] = ()  # what every node installs first
 
 
-def submit(command: Sequence[str], *, address: str | None, wait: bool, submission_id: str | None = None) -> int:
+def submit(
+    command: Sequence[str],
+    *,
+    address: str | None,
+    wait: bool,
+    submission_id: str | None = None,
+    pip: bool = False,
+) -> int:
     """Run `train ...` or `sweep ...` as a job; return its exit status, or 0 once accepted without `wait`.
+
+    `pip` has every node install first what is installed here, in the same versions.
 
     Raises `UserError` for a mistake in the command, a cluster that cannot be reached, a token that is missing
     or wrong, resources that the cluster does not have, and a submission id that is taken.
@@ -50,10 +62,18 @@ def submit(command: Sequence[str], *, address: str | None, wait: bool, submissio
     checked = check_command(command)
     url = dashboard(address)
     name = check_id(submission_id) if submission_id else new_id(f"{command[0]}-{checked.name}")
+    packages = tuple(pins()) if pip else ()
     with TemporaryDirectory(prefix="bootvit-submit-") as folder:
         words = stage(checked, Path(folder))
         env = {key: os.environ[key] for key in PASSED if key in os.environ}
-        job = Job(shlex.join(["python", "-m", "bootvit", *words]), Path(folder), env, checked.workers)
+        job = Job(
+            shlex.join(["python", "-m", "bootvit", *words]),
+            Path(folder),
+            env,
+            checked.workers,
+            checked.trains,
+            packages,
+        )
         client = connect(url)
         send(client, job, url, name)
     return watch(client, url, name, wait=wait)
@@ -64,16 +84,19 @@ def send(client: Any, job: Job, url: str, name: str) -> None:
 
     Raises `UserError` when it cannot, or when the id is taken, and `RunFailed` when the cluster refuses.
     """
-    if job.workers is not None:
-        answer = client._do_request("GET", "/api/cluster_status")  # Ray has no public call for it
-        nodes = known_nodes(answer.json()) if answer.status_code == 200 else None
-        if nodes is not None:
-            check_capacity(job.workers, nodes, f"the cluster at {url}")
-    runtime_env = {"working_dir": str(job.folder), "env_vars": dict(job.env)}
+    answer = client._do_request("GET", "/api/cluster_status")  # Ray has no public call for it
+    status = answer.json() if answer.status_code == 200 else {}
+    nodes = known_nodes(status)
+    if job.workers is not None and nodes is not None:
+        check_capacity(job.workers, nodes, f"the cluster at {url}")
+    place = driver_place(job.workers, reported_nodes(status), trains=job.trains)
+    runtime_env: dict[str, Any] = {"working_dir": str(job.folder), "env_vars": dict(job.env)}
+    if job.pip:
+        runtime_env["pip"] = list(job.pip)
     until = time.monotonic() + STARTING_S
     while True:
         try:
-            client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name)
+            client.submit_job(entrypoint=job.entrypoint, runtime_env=runtime_env, submission_id=name, **place)
             return
         except (OSError, RuntimeError) as err:
             if "already exists" in str(err):

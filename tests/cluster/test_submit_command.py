@@ -7,7 +7,17 @@ from pathlib import Path
 import pytest
 
 from bootvit.errors import UserError
-from cluster.capacity import Workers, check_capacity, known_nodes, nodes_of, room
+from cluster.capacity import (
+    DRIVER_MEMORY,
+    HEAD,
+    Workers,
+    check_capacity,
+    driver_place,
+    known_nodes,
+    nodes_of,
+    reported_nodes,
+    room,
+)
 from cluster.command import check_command, outlives_job
 
 GOOD = ["ray.storage_path=/shared/runs", "tracking.uri=http://mlflow:5000"]
@@ -138,7 +148,8 @@ def test_what_a_command_asks_of_the_cluster(folder: Path) -> None:
     assert sweep is not None
     assert (train.count, train.cpus, train.gpus) == (4, 2.5, 1)
     assert (sweep.count, sweep.cpus, sweep.gpus) == (1, 3, 0.5)
-    assert check_command(["train", "tiny.yaml", "--local", *four], {}).workers is None
+    assert check_command(["train", "tiny.yaml", "--dry-run", *four], {}).workers is None
+    assert check_command(["train", "tiny.yaml", "--local", *four], {}).trains
 
 
 @pytest.mark.parametrize(
@@ -188,3 +199,21 @@ def test_an_autoscaler_s_types_are_nodes_that_may_come() -> None:
     check_capacity(Workers(4, 2, 1, "four"), nodes, "it")
     with pytest.raises(UserError, match="has room for 4 of 5 workers"):
         check_capacity(Workers(5, 1, 1, "five"), nodes, "it")
+
+
+def test_a_driver_is_placed_where_it_has_room() -> None:
+    """On the head, CPUs or none, if it has the memory; one that trains where its CPUs and GPU are."""
+    big, small = {"memory": 2.0 * DRIVER_MEMORY}, {"memory": DRIVER_MEMORY / 2}
+    four = Workers(4, 2, 1, "four")
+    at_head = {"entrypoint_memory": DRIVER_MEMORY, "entrypoint_resources": {HEAD: 0.001}}
+    assert driver_place(four, [big | {HEAD: 1}, big | {"CPU": 8}], trains=False) == at_head
+    assert driver_place(None, [big | {HEAD: 1}], trains=False) == at_head
+    assert driver_place(four, [small | {HEAD: 1}, big], trains=False) == {"entrypoint_memory": DRIVER_MEMORY}
+    assert driver_place(four, [small | {HEAD: 1}], trains=False) == {}, "as Ray does it: on the head"
+    assert driver_place(four, [big], trains=True) == {"entrypoint_num_cpus": 2, "entrypoint_num_gpus": 1}
+    any_gpu = Workers(1, 2, 0, "one", gpu_if_there=True)
+    assert driver_place(any_gpu, [big], trains=True)["entrypoint_num_gpus"] == 0
+    assert driver_place(any_gpu, [big, big | {"GPU": 4}], trains=True)["entrypoint_num_gpus"] == 1
+    report = {"usageByNode": {"ab": {"CPU": [1.0, 2.0], "memory": [0.0, 5.0]}}}
+    growing = {"loadMetricsReport": report, "autoscalerReport": {"nodeTypeMapping": {"ab": "ray.worker"}}}
+    assert reported_nodes({"data": {"clusterStatus": growing}}) == [{"CPU": 2.0, "memory": 5.0}]

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from bootvit.errors import RunFailed, UserError
 from cluster import submit
+from cluster.capacity import DRIVER_MEMORY, HEAD
 from cluster.submit import Job, check_id, new_id, send, watch
 
 UP = "Request failed with status code 500: No available agent to submit job, please try again later.."
@@ -21,6 +24,13 @@ class Client:
     def __init__(self, *errors: str) -> None:
         self.errors = list(errors)
         self.taken: list[dict[str, Any]] = []
+
+    def _do_request(self, method: str, path: str) -> SimpleNamespace:
+        """The cluster's status: a head without CPUs, and nodes that may come."""
+        assert (method, path) == ("GET", "/api/cluster_status")
+        usage = {"usageByNode": {"ab": {HEAD: [0.0, 1.0], "memory": [0.0, 4.0 * DRIVER_MEMORY]}}}
+        status = {"loadMetricsReport": usage, "autoscalerReport": {"nodeTypeMapping": {"ab": "ray.head"}}}
+        return SimpleNamespace(status_code=200, json=lambda: {"data": {"clusterStatus": status}})
 
     def submit_job(self, **job: Any) -> None:
         if self.errors:
@@ -35,7 +45,14 @@ def test_a_head_that_is_coming_up_is_asked_again() -> None:
     client = Client(UP, UP)
     send(client, JOB, "http://head", "x")
     env = {"working_dir": "folder", "env_vars": {"MLFLOW_TRACKING_URI": "http://mlflow"}}
-    assert client.taken == [{"entrypoint": JOB.entrypoint, "runtime_env": env, "submission_id": "x"}]
+    place = {"entrypoint_memory": DRIVER_MEMORY, "entrypoint_resources": {HEAD: 0.001}}
+    assert client.taken == [{"entrypoint": JOB.entrypoint, "runtime_env": env, "submission_id": "x", **place}]
+
+
+def test_what_every_node_installs_first() -> None:
+    client = Client()
+    send(client, replace(JOB, pip=("timm==1", "torch==2")), "http://head", "x")
+    assert client.taken[0]["runtime_env"]["pip"] == ["timm==1", "torch==2"]
 
 
 def test_a_head_that_does_not_come_up_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:

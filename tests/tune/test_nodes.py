@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,66 +16,21 @@ import pytest
 from sweep_driver import ROOT, command, document, finish, kill, mlflow_points
 from tiny_sweeps import sweep_file
 
+from cluster.local import LocalCluster, processes_of
+
 KD = "objective.vit.kd"
 SPACE = {KD: {"grid": [1, 2, 3, 4]}}
 LONG = {"schedule.epochs": 30, "data.fraction": 0.3}
 
 
-class Nodes:
-    """A Ray of several nodes on this machine, each a raylet of its own."""
-
-    def __init__(self, head_cpus: int) -> None:
-        from ray.cluster_utils import Cluster
-
-        self.cluster = Cluster(initialize_head=True, head_node_args=self.arguments(head_cpus))
-
-    @staticmethod
-    def arguments(cpus: int) -> dict[str, Any]:
-        """Of one node; its workers import this folder's files."""
-        return {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": 100 * 2**20}
-
-    @property
-    def address(self) -> str:
-        """For RAY_ADDRESS."""
-        return str(self.cluster.address)
-
-    def add(self, cpus: int = 1) -> Any:
-        """Another node."""
-        return self.cluster.add_node(wait=True, **self.arguments(cpus))
-
-    def drain(self, node: Any, seconds: int) -> None:
-        """A spot notice: the node will be gone after so many seconds."""
-        from ray._raylet import GcsClient
-        from ray.core.generated.autoscaler_pb2 import DrainNodeReason
-
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        deadline = int((time.time() + seconds) * 1000)
-        taken, why = GcsClient(address=self.address).drain_node(node.node_id, reason, "spot", deadline)
-        assert taken, why
-
-    def remove(self, node: Any) -> None:
-        """It is gone at once."""
-        self.cluster.remove_node(node, allow_graceful=False)
+QUICK = {"RAY_health_check_period_ms": "1000", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}  # five are missed
 
 
 @pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[int], Nodes]]:
-    """Makes a cluster whose head has so many CPUs; short paths, because sockets lie in them."""
-    folder = Path(tempfile.mkdtemp(prefix="bv"))
-    (folder / "ray").mkdir()
-    monkeypatch.setenv("RAY_TMPDIR", str(folder))
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    made: list[Nodes] = []
-
-    def make(head_cpus: int) -> Nodes:
-        made.append(Nodes(head_cpus))
-        return made[-1]
-
-    yield make
-    for one in made:
-        one.cluster.shutdown()
-    shutil.rmtree(folder, ignore_errors=True)
+def nodes() -> Iterator[Callable[[int], LocalCluster]]:
+    """Makes a cluster whose head has so many CPUs; its workers import this folder's files."""
+    with ExitStack() as stack:
+        yield lambda head_cpus: stack.enter_context(LocalCluster(head_cpus=head_cpus, env=QUICK))
 
 
 def events(folder: Path, kind: str) -> list[dict[str, Any]]:
@@ -112,19 +66,19 @@ def check_complete(folder: Path, epochs: int, store: Path) -> None:
 @pytest.mark.cluster
 @pytest.mark.parametrize("notice", [True, False], ids=["drained", "killed"])
 def test_a_node_is_lost_while_trials_run_and_another_joins(
-    nodes: Callable[[int], Nodes], tmp_path: Path, notice: bool
+    nodes: Callable[[int], LocalCluster], tmp_path: Path, notice: bool
 ) -> None:
     """With a spot notice or without: the trial that it had goes on elsewhere, and no retry is spent."""
     cluster = nodes(1)
-    leaving = cluster.add()
+    leaving = cluster.add_node()
     process = command(sweep_file(tmp_path, space=SPACE, set=LONG, retries=0), address=cluster.address)
     folder = tmp_path / "runs" / "sweep"
     wait_until(lambda: len({e["id"] for e in events(folder, "result")}) > 1, process)
     if notice:
-        cluster.drain(leaving, 3)
+        cluster.drain_node(leaving, 3)
         time.sleep(3)
-    cluster.remove(leaving)
-    cluster.add()
+    cluster.kill_node(leaving)
+    cluster.add_node()
     status, out, err = finish(process)
     assert status == 0, out + err
     check_complete(folder, LONG["schedule.epochs"], tmp_path / "mlflow.db")
@@ -134,7 +88,7 @@ def test_a_node_is_lost_while_trials_run_and_another_joins(
 
 
 @pytest.mark.cluster
-def test_a_cluster_that_starts_at_zero(nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+def test_a_cluster_that_starts_at_zero(nodes: Callable[[int], LocalCluster], tmp_path: Path) -> None:
     """The sweep waits, says so, and uses the nodes that come: two trials at a time in the end."""
     cluster = nodes(0)
     process = command(sweep_file(tmp_path, space=SPACE, set=LONG), address=cluster.address)
@@ -142,9 +96,9 @@ def test_a_cluster_that_starts_at_zero(nodes: Callable[[int], Nodes], tmp_path: 
     wait_until(lambda: events(folder, "start"), process)
     time.sleep(3)
     assert not events(folder, "result")
-    cluster.add()
+    cluster.add_node()
     wait_until(lambda: events(folder, "result"), process)
-    cluster.add()
+    cluster.add_node()
     status, out, err = finish(process)
     assert status == 0, out + err
     assert "no node has room for a trial now; waiting for one that has" in out
@@ -154,9 +108,9 @@ def test_a_cluster_that_starts_at_zero(nodes: Callable[[int], Nodes], tmp_path: 
 
 
 @pytest.mark.cluster
-def test_what_no_node_can_ever_run_is_one_line(nodes: Callable[[int], Nodes], tmp_path: Path) -> None:
+def test_what_no_node_can_ever_run_is_one_line(nodes: Callable[[int], LocalCluster], tmp_path: Path) -> None:
     cluster = nodes(1)
-    cluster.add()
+    cluster.add_node()
     path = sweep_file(tmp_path, space=SPACE, resources={"cpu": 2.0})
     begin = time.monotonic()
     status, _, err = finish(command(path, address=cluster.address))
@@ -169,7 +123,9 @@ def test_what_no_node_can_ever_run_is_one_line(nodes: Callable[[int], Nodes], tm
 
 @pytest.mark.cluster
 @pytest.mark.parametrize("title", ["ray::TrialActor", "ray::RayTrainWorker"], ids=["outer", "worker"])
-def test_a_killed_actor_of_a_trial_of_two_workers(nodes: Callable[[int], Nodes], tmp_path: Path, title: str) -> None:
+def test_a_killed_actor_of_a_trial_of_two_workers(
+    nodes: Callable[[int], LocalCluster], tmp_path: Path, title: str
+) -> None:
     """Its placement group is removed, without a dashboard, so that the trial can go on: one retry."""
     cluster = nodes(2)
     run = {**LONG, "ray.num_workers": 2}
@@ -188,9 +144,9 @@ def test_a_killed_actor_of_a_trial_of_two_workers(nodes: Callable[[int], Nodes],
     assert [t["crashes"] for t in document(folder)["trials"]] == [1, 0]
 
 
-def processes(title: str, cluster: Nodes) -> list[int]:
+def processes(title: str, cluster: LocalCluster) -> list[int]:
     """The cluster's own processes with such a title: those below its raylets."""
-    raylets = {p.process.pid for n in cluster.cluster.list_all_nodes() for p in n.all_processes.get("raylet", [])}
+    raylets = {pid for node in cluster.nodes for pid in processes_of(node.folder)}
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         try:

@@ -8,6 +8,7 @@ import time
 from bootvit.errors import UserError
 from bootvit.train import connect_ray, importlib_missing
 from cluster.capacity import check_cluster, has_autoscaler, live_nodes, trial_workers, trials_at_once
+from cluster.probe import check_nodes, places_of
 from tune.spec.schema import Sweep
 
 LOOK_S = 1.0  # seconds between two looks at the cluster's nodes
@@ -58,6 +59,7 @@ class Room:
         self._looked, self._trials = float("-inf"), 0
         self._said = False
         check_cluster(trial_workers(sweep), "the cluster")
+        check_nodes(places_of(sweep.base))
         self._autoscaler = has_autoscaler()
 
     def trials(self) -> int:

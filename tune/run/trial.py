@@ -20,6 +20,7 @@ from bootvit.result import Result, read_result
 from bootvit.runs import RunFolder, claim, take_lease
 from bootvit.tracking import read_journal
 from bootvit.train import InThread, on_workers, pick_device, train_worker, worker_job
+from bootvit.worker_log import check_seen, worker_log
 
 POLL = 0.2  # seconds between two questions to the workers
 
@@ -49,6 +50,7 @@ def attempt(job: Job) -> Generator[Report, None, None]:
     A run that is finished is done at once, unless it has yet to meet the test set.
     """
     config = validate(Config, job.config, "trial")
+    check_seen(config.run_dir.parent.parent / "sweep.yaml")  # else the trial would be claimed on this node's own disk
     folder, state = claim(config, resume=True, overwrite=False)
     if state == "finished":
         result = read_result(folder.result)
@@ -104,7 +106,8 @@ def in_process(config: Config, folder: RunFolder, job: Job) -> Generator[EpochRe
     watch = Watch()
     try:
         world = World(0, 1, pick_device(config.ray.use_gpu))
-        return (yield from epochs(config, world, folder, test=job.test, asked=watch.asked))
+        with worker_log(folder, world):
+            return (yield from epochs(config, world, folder, test=job.test, asked=watch.asked))
     finally:
         watch.close()
 
