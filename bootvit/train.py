@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,7 +19,20 @@ from typing import Any, Literal
 import torch
 
 from bootvit import checkpoint
-from bootvit.config import Config, flatten, load_config, make_config, merge, nest, override, parse_override, validate
+from bootvit.addresses import public
+from bootvit.config import (
+    Config,
+    flatten,
+    load_config,
+    make_config,
+    merge,
+    nest,
+    origin_of,
+    override,
+    parse_override,
+    validate,
+    whole,
+)
 from bootvit.data import DataSplits, facts_of, open_splits
 from bootvit.errors import RunFailed, UserError
 from bootvit.idle import warn_of_idle_keys
@@ -46,7 +60,7 @@ def train(config: Config, *, local: bool, resume: bool = False, overwrite: bool 
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
         print(f"{folder.path} is finished; nothing to do")
-        was = override(load_config(str(folder.config)), {"tracking": config.tracking.model_dump(mode="json")})
+        was = override(load_config(str(folder.config)), {"tracking": whole(config.tracking)})
         if (tracked := open_tracking(was, folder, splits)) is not None:
             tracked.sync()  # what a server that was down has not got yet
         return dict(checkpoint.read_json(folder.result))
@@ -108,6 +122,7 @@ def record(
     follower: Follower | None,
 ) -> dict[str, Any]:
     """Write result.json, at first without MLflow's id, which may not be there yet, and let MLflow know of the end."""
+    ended = time.time()
     result = result | {"git": source_version(), "mlflow_run_id": None}
     folder.write_result(result)
     if follower is None:
@@ -116,7 +131,7 @@ def record(
     if run_id is not None:
         result |= {"mlflow_run_id": run_id}
         folder.write_result(result)
-    follower.finish(status, result)
+    follower.finish(status, result, ended)
     return result
 
 
@@ -126,7 +141,7 @@ def unfinished(config: Config, splits: DataSplits, status: str, err: BaseExcepti
         "name": config.name,
         "method": config.method,
         "status": status,
-        "reason": str(err) or type(err).__name__,
+        "reason": public(str(err)) or type(err).__name__,
         "epochs": max((s.epoch for s in checkpoint.described(config.run_dir / "checkpoints")), default=0),
         "final": None,
         "best": {},
@@ -342,7 +357,7 @@ def with_overrides(config: Config, overrides: Sequence[str], free: tuple[str, ..
     origins = {}
     for text in overrides:
         key, value = parse_override(text)
-        data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
+        data, origins[key] = merge(data, nest(key, value)), origin_of(text)
     changed = make_config(data, config.name, origins)
     was = flatten(config)
     for key, value in flatten(changed).items():

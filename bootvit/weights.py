@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,6 +11,7 @@ import numpy as np
 import safetensors.torch
 import timm
 import torch
+from safetensors import safe_open
 from timm.layers import resample_abs_pos_embed, resample_patch_embed
 from timm.models import clean_state_dict
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn
@@ -23,6 +25,7 @@ from bootvit.models.agent import TimmCNN
 from bootvit.models.zoo import build_vit, pretrained
 
 EXPECTED = "expected a run's folder, its checkpoint, a timm export, or a file (.pth, .pt, .bin, .safetensors, .npz)"
+ABOUT = "bootvit"  # metadata of a file of ours: the data's facts, epoch and step, as JSON
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys under which files keep weights; timm's order
 
 Tensors = dict[str, Tensor]
@@ -108,10 +111,10 @@ def read(config: Config, net: Network) -> Source:
     if not path.is_dir():
         return from_file(config, net, path)
     if (path / "config.yaml").is_file():
-        saved = checkpoint.newest(path / "checkpoints")
-        if saved is None:
+        state = newest_state(path)
+        if state is None:
             raise UserError(f"{key}: this run has no usable checkpoint")
-        return from_run(checkpoint.load(saved.path), net, key)
+        return from_run(state, net, key)
     if (path / "model.safetensors").is_file():
         return from_file(config, net, path / "model.safetensors")
     raise UserError(f"{key}: this folder is neither a run nor a timm export; {EXPECTED}")
@@ -160,13 +163,40 @@ def load(path: Path, key: str) -> dict[str, Any]:
     """A file's content; only tensors and plain values are accepted (`weights_only`)."""
     try:
         if path.suffix == ".safetensors":
-            return dict(safetensors.torch.load_file(path))
+            return load_safetensors(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as err:  # torch and safetensors raise many kinds for a file that is none of theirs
         raise UserError(f"{key}: {path.name} is not a readable file of tensors and plain values; {EXPECTED}") from err
     if not isinstance(content, Mapping):
         raise UserError(f"{key}: {path.name} holds no weights by name, but a {type(content).__name__}; {EXPECTED}")
     return dict(content)
+
+
+def load_safetensors(path: Path) -> dict[str, Any]:
+    """A file's tensors by name; those of `weights_only` as the part of a checkpoint that they are."""
+    tensors = dict(safetensors.torch.load_file(path))
+    with safe_open(path, framework="pt") as file:
+        about = (file.metadata() or {}).get(ABOUT)
+    return {"learner": {"networks": tensors}, **json.loads(about)} if about else tensors
+
+
+def weights_only(saved: checkpoint.Saved, folder: Path) -> Path:
+    """Write a checkpoint's networks without the optimiser, and what the run knows of its data; returns the file."""
+    state = checkpoint.load(saved.path)
+    tensors = {name: tensor.contiguous().clone() for name, tensor in state["learner"]["networks"].items()}
+    about = json.dumps({"data": state["data"], "epoch": saved.epoch, "step": saved.step})
+    path = folder / f"weights-{saved.path.stem}.safetensors"
+    checkpoint.write_atomic(path, safetensors.torch.save(tensors, metadata={"format": "pt", ABOUT: about}))
+    return path
+
+
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
+    """The newest verified checkpoint of a run; where a run came from MLflow without one, its newest weights."""
+    saved = checkpoint.newest(run_dir / "checkpoints")
+    if saved is not None:
+        return checkpoint.load(saved.path)
+    weights = sorted((run_dir / "checkpoints").glob("weights-*.safetensors"))
+    return load(weights[-1], str(run_dir)) if weights else None
 
 
 def from_npz(config: Config, net: Network, path: Path) -> Source:

@@ -13,6 +13,7 @@ from bootvit.config.load import (
     make_config,
     merge,
     nest,
+    origin_of,
     override,
     parents_of,
     parse_override,
@@ -20,6 +21,7 @@ from bootvit.config.load import (
     shown,
     suggest,
     validate,
+    whole,
 )
 from bootvit.config.schema import (
     AgentConfig,
@@ -70,6 +72,7 @@ __all__ = [
     "make_config",
     "merge",
     "nest",
+    "origin_of",
     "override",
     "pair",
     "parents_of",
@@ -79,4 +82,5 @@ __all__ = [
     "shown",
     "suggest",
     "validate",
+    "whole",
 ]

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from bootvit.addresses import SECRETS, public, public_address
 from bootvit.config.schema import Config
 from bootvit.config.text import parse_yaml
 from bootvit.errors import UserError
@@ -35,7 +36,7 @@ def find_config(name: str, shipped: Path = SHIPPED) -> Path:
     if os.path.lexists(name):
         raise UserError(f"{name}: not a regular file: a config is one, or the name of a shipped one")
     raise UserError(
-        f"{name[:200]}: no such config file" + (f"; the nearest shipped one is {near[0]!r}" if near else "")
+        f"{public(name)[:200]}: no such config file" + (f"; the nearest shipped one is {near[0]!r}" if near else "")
     )
 
 
@@ -55,7 +56,7 @@ def read_layers(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     for parent in parents_of(data, path):
         target = path.parent / parent
         if not is_file(target):
-            raise UserError(f"{path}: extends {parent[:200]!r}, but {str(target)[:300]} does not exist")
+            raise UserError(f"{path}: extends {public(parent)[:200]!r}, but {public(str(target))[:300]} does not exist")
         merged = merge(merged, read_layers(target, (*seen, path)))
     return merge(merged, {key: value for key, value in data.items() if key != "extends"})
 
@@ -78,8 +79,9 @@ def is_file(path: Path) -> bool:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = json.dumps(value, default=str)
+    """A value for a message, without passwords, and cut where it is long."""
+    text = json.dumps(public_address(value) if isinstance(value, str) else value, default=str)
+    text = public(text)  # before it is cut: a half address is not known as one
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
@@ -106,7 +108,7 @@ def parse_override(text: str, schema: type[BaseModel] = Config) -> tuple[str, An
     begins no comment, and nothing at all is no value.
     """
     key, eq, value = text.partition("=")
-    origin = f"override {text!r}"
+    origin = origin_of(text)
     if not eq or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
         raise UserError(f"{origin}: expected KEY=VALUE, such as data.fraction=0.1")
     kinds = leaf_types(schema, key)
@@ -115,6 +117,12 @@ def parse_override(text: str, schema: type[BaseModel] = Config) -> tuple[str, An
     if str in kinds and kinds <= {str, types.NoneType}:
         return key, None if value == "null" and types.NoneType in kinds else value
     return key, parse_yaml(value, origin, comments=False)
+
+
+def origin_of(text: str) -> str:
+    """An override as a place for messages."""
+    key, eq, value = text.partition("=")
+    return f"override {key + eq + public_address(value)!r}"
 
 
 def leaf_types(schema: type[BaseModel], key: str) -> set[Any]:
@@ -147,7 +155,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     for text in overrides:
         key, value = parse_override(text)
         data = merge(data, nest(key, value))
-        origins[key] = f"override {text!r}"
+        origins[key] = origin_of(text)
     return make_config(data, str(path), origins)
 
 
@@ -205,7 +213,12 @@ def check_places(config: Config, origin: str, origins: dict[str, str]) -> None:
 
 def override(config: Config, changes: dict[str, Any]) -> Config:
     """The same run with some (nested) values changed, checked again."""
-    return Config.model_validate_json(json.dumps(merge(config.model_dump(mode="json"), changes)))
+    return Config.model_validate_json(json.dumps(merge(whole(config), changes)))
+
+
+def whole(config: BaseModel) -> dict[str, Any]:
+    """A config or a section with the secrets in its addresses: for use in this process, never for writing."""
+    return config.model_dump(mode="json", context=SECRETS)
 
 
 T = TypeVar("T", bound=BaseModel)
@@ -299,7 +312,7 @@ def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
-    """{dotted key: value}, leaves only."""
+    """{dotted key: value}, leaves only, without the secrets in addresses."""
     out: dict[str, Any] = {}
 
     def walk(node: Any, prefix: str) -> None:
@@ -314,5 +327,5 @@ def flatten(config: BaseModel) -> dict[str, Any]:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved config as YAML; `load_config` of it is the same run."""
+    """The resolved config as YAML, without the secrets in addresses; `load_config` of it is the same run."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bootvit.config import Config, Network, make_config, merge, nest, parse_override
+from bootvit.config import Config, Network, make_config, merge, nest, origin_of, parse_override
 from bootvit.errors import UserError
 from bootvit.models.zoo import agent_maps, poolable, vit_grid, vit_shape
 from bootvit.reference.files import Node
@@ -56,7 +56,7 @@ def _parse(overrides: Sequence[str]) -> tuple[Sections, dict[str, str]]:
     for text in overrides:
         key, value = parse_override(text)
         own = merge(own, nest(key, value))
-        origins[key] = f"override {text!r}"
+        origins[key] = origin_of(text)
     return own, origins
 
 

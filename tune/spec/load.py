@@ -14,12 +14,14 @@ from bootvit.config import (
     make_config,
     merge,
     nest,
+    origin_of,
     parents_of,
     parse_override,
     parse_yaml,
     read_layers,
     suggest,
     validate,
+    whole,
 )
 from bootvit.errors import UserError
 from tune.spec.domain import DOMAINS, Domain
@@ -50,7 +52,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
         if is_own(text):
             key, value = parse_own(text)
             data = merge(data, nest(key, value))
-            origins[key] = f"override {text!r}"
+            origins[key] = origin_of(text)
         else:
             for_base.append(text)
     if isinstance(data.get("space"), dict):
@@ -62,7 +64,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     for text in for_base:
         key, _ = parse_override(text)
         if key in file.space:
-            raise UserError(f"override {text!r}: the sweep searches {key}; change space.{key} instead")
+            raise UserError(f"{origin_of(text)}: the sweep searches {key}; change space.{key} instead")
     for key in file.set:
         if key in file.space:
             raise UserError(f"{path}: set.{key}: the sweep searches this key; remove it from one of the two")
@@ -86,14 +88,13 @@ def parse_own(text: str) -> tuple[str, Any]:
 
 def _base_config(path: Path, file: SweepFile, overrides: Sequence[str]) -> Config:
     """The base with `set` and the command line's keys; without a held-out part a sweep could select nothing."""
-    base = load_config(file.base)
-    data = base.model_dump(mode="json")
+    data = whole(load_config(file.base))
     origins = {}
     for key, value in file.set.items():
         data, origins[key] = merge(data, nest(key, value)), f"{path}: set"
     for text in overrides:
         key, value = parse_override(text)
-        data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
+        data, origins[key] = merge(data, nest(key, value)), origin_of(text)
     if isinstance(data["data"], dict) and data["data"].get("held_out") == 0:
         data["data"]["held_out"] = HELD_OUT
     return make_config(data, file.base, origins)

@@ -34,7 +34,9 @@ class Shipper:
     def __init__(self, parent: SweepRun, sweep_name: str, kind: str, make_config: MakeConfig) -> None:
         self._parent, self._sweep_name, self._kind, self._make_config = parent, sweep_name, kind, make_config
         self._running: dict[str, MlflowRun | None] = {}
-        self._trials: queue.SimpleQueue[tuple[bool, Trial]] = queue.SimpleQueue()  # (has it ended, trial)
+        self._trials: queue.SimpleQueue[tuple[Trial, bool, float | None]] = (
+            queue.SimpleQueue()
+        )  # (trial, is it over, when)
         self._document: Mapping[str, Any] | None = None
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -46,11 +48,11 @@ class Shipper:
 
     def started(self, trial: Trial) -> None:
         """Follow a trial from now on."""
-        self._trials.put((False, trial))
+        self._trials.put((trial, False, None))
 
-    def ended(self, trial: Trial) -> None:
-        """Ship the rest of a trial and its end."""
-        self._trials.put((True, trial))
+    def ended(self, trial: Trial, at: float | None) -> None:
+        """Ship the rest of a trial and its end, in seconds since 1970."""
+        self._trials.put((trial, True, at))
 
     def update(self, document: Mapping[str, Any]) -> None:
         """The newest sweep.json, its trials left out, for the parent run."""
@@ -95,10 +97,10 @@ class Shipper:
             return False
         self._answered = time.monotonic()
         while not self._trials.empty():
-            over, trial = self._trials.get()
+            trial, over, at = self._trials.get()
             if over:
                 followed.pop(trial.spec.id, None)
-                if not self._finish(trial):
+                if not self._finish(trial, at):
                     return False
             else:
                 followed[trial.spec.id] = trial
@@ -107,20 +109,18 @@ class Shipper:
     def _sync(self, trial: Trial) -> bool:
         config = self._make_config(trial)
         run = self._running.get(trial.spec.id)
-        if run is None and (config.run_dir / "config.yaml").exists():
+        if run is None and trial.began is not None and (config.run_dir / "config.yaml").exists():
             run = self._running[trial.spec.id] = self._child(trial, config)
         return run is None or self._took(run.sync())
 
-    def _finish(self, trial: Trial) -> bool:
+    def _finish(self, trial: Trial, at: float | None) -> bool:
         config = self._make_config(trial)
         run = self._running.pop(trial.spec.id, None) or self._child(trial, config)
         run.connect()
-        if trial.reason:
-            run.set_tags({"bootvit.reason": trial.reason})
         path = config.run_dir / "result.json"
         result = checkpoint.read_json(path) | {"mlflow_run_id": run.run_id}
         checkpoint.write_json(path, result)
-        return self._took(run.finish(ENDS[trial.status], result))
+        return self._took(run.finish(ENDS[trial.status], result, at))
 
     def _took(self, answered: bool) -> bool:
         if answered:
@@ -135,7 +135,8 @@ class Shipper:
             "bootvit.sweep": self._sweep_name,
             "bootvit.group": trial.spec.group,
         }
-        return MlflowRun(config, config.run_dir, tags=tags, parent=self._parent.run_id)
+        parent = self._parent.run_id
+        return MlflowRun(config, config.run_dir, tags=tags, parent=parent, started=trial.began)
 
 
 def is_shipped(run_dir: Path) -> bool:
