@@ -52,9 +52,7 @@ def run(arguments: list[str]) -> int:
         return status if isinstance(status, int) else 0
     except parser_error as err:
         text = public(str(err.format_message()))  # type: ignore[attr-defined]
-        lines = (
-            text if type(err).__name__ == "NoArgsIsHelpError" else f"bootvit: error: {' '.join(text.split())}"
-        )
+        lines = text if type(err).__name__ == "NoArgsIsHelpError" else f"bootvit: error: {' '.join(text.split())}"
         print(lines, file=sys.stderr)
         return 2
     except (UserError, RunFailed, MemoryError, OSError) as err:

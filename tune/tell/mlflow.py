@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bootvit import checkpoint
 from bootvit.config import Config
@@ -28,15 +28,21 @@ ENDS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
 MakeConfig = Callable[[Trial], Config]
 
 
+class Heard(NamedTuple):
+    """A trial has begun, or it is over."""
+
+    trial: Trial
+    over: bool
+    at: float | None = None  # when it ended, seconds since 1970
+
+
 class Shipper:
     """A thread that follows the running trials' journals and finishes those that have ended."""
 
     def __init__(self, parent: SweepRun, sweep_name: str, kind: str, make_config: MakeConfig) -> None:
         self._parent, self._sweep_name, self._kind, self._make_config = parent, sweep_name, kind, make_config
         self._running: dict[str, MlflowRun | None] = {}
-        self._trials: queue.SimpleQueue[tuple[Trial, bool, float | None]] = (
-            queue.SimpleQueue()
-        )  # (trial, is it over, when)
+        self._trials: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._document: Mapping[str, Any] | None = None
         self._stop = threading.Event()
         self._error: BaseException | None = None
@@ -48,11 +54,11 @@ class Shipper:
 
     def started(self, trial: Trial) -> None:
         """Follow a trial from now on."""
-        self._trials.put((trial, False, None))
+        self._trials.put(Heard(trial, over=False))
 
     def ended(self, trial: Trial, at: float | None) -> None:
         """Ship the rest of a trial and its end, in seconds since 1970."""
-        self._trials.put((trial, True, at))
+        self._trials.put(Heard(trial, True, at))
 
     def update(self, document: Mapping[str, Any]) -> None:
         """The newest sweep.json, its trials left out, for the parent run."""
