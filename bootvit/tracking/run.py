@@ -97,7 +97,7 @@ class MlflowRun(TrackedRun):
         if upto > self._shipped:
             self._ship(upto)
         if ending:
-            self._end(ending, max(covered, self._link.shipped_step))
+            self._end(ending, max(covered, self._link.shipped_step, 0))
         if not self._config_sent:
             self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
             self._config_sent = True

@@ -86,7 +86,7 @@ class SweepRun(TrackedRun):
             self._reopen()
 
     def _send_state(self, document: Mapping[str, Any]) -> None:
-        self._send_points(state_points(document, int(time.time() * 1000)))
+        self._send_values(state_points(document, int(time.time() * 1000)))
         best = document["best"].items()
         self._send_tags({f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best})
 

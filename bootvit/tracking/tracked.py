@@ -117,9 +117,10 @@ class TrackedRun:
         self._send(point for point in points if point.step > self._latest.get(point.key, -1))
 
     def _send_values(self, points: Iterable[Point]) -> None:
-        """Send values that may be told again, such as a run's last ones: those that are others, as the newest."""
-        changed = (point for point in points if point.value != self._values.get(point.key))
-        self._send(point._replace(step=max(point.step, self._latest.get(point.key, -1))) for point in changed)
+        """Send values that may change without a step, such as what a run has cost: those that did, as the newest."""
+        at = ((point, self._latest.get(point.key, -1)) for point in points)
+        new = ((point, step) for point, step in at if point.step > step or point.value != self._values.get(point.key))
+        self._send(point._replace(step=max(point.step, step)) for point, step in new)
 
     def _send(self, points: Iterable[Point]) -> None:
         from mlflow.entities import Metric
