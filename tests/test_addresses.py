@@ -18,6 +18,8 @@ from bootvit.config import Config, dump_config, flatten, load_config, make_confi
 from bootvit.errors import UserError
 from bootvit.ray_connection import check_address
 from bootvit.tracking import MlflowRun, store, tracking_uri
+from bootvit.tracking.link import RunLink
+from bootvit.tracking.sweep import attach_to_sweep
 from cluster.submit import passed
 
 SECRET = "hunter2"
@@ -110,6 +112,16 @@ def test_an_address_read_from_a_runs_files_needs_its_secret_again(monkeypatch: p
     assert tracking_uri("http://***@host") == f"http://me:{SECRET}@host"
     with pytest.raises(UserError, match="in no file"):
         tracking_uri("http://***@other")
+
+
+def test_a_report_is_not_attached_without_the_secret(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    write(tmp_path / "mlflow.json", RunLink(run_key="k", run_id="r", uri="http://***@host").model_dump_json())
+    attach_to_sweep(tmp_path, [])
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("bootvit: warning: the report is not in MLflow at http://***@host: tracking.uri=")
 
 
 def test_a_job_gets_no_setting_with_a_secret() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import socket
 import sqlite3
 from collections.abc import Callable, Iterator
@@ -173,6 +174,23 @@ def test_what_a_broken_database_missed_is_shipped_by_resume(here: Path, capsys: 
     result = json.loads((here / "runs" / "tiny" / "result.json").read_text())
     assert run.data.metrics["final/vit/top1"] == result["final"]["vit"]["top1"]
     assert [path.name for path in here.glob(".mlflow*")] == []
+
+
+def test_a_training_that_fails_says_why_and_shows_its_last_points_once(here: Path, empty_store: Path) -> None:
+    """A rate of 1e30: the second step's loss is not finite, and there is no checkpoint; --resume fails again."""
+    shutil.copy(empty_store, here / "mlflow.db")
+    bad = [*TRAIN, "tracking.enabled=true", "tracking.log_every=1", "optim.lr=1e30"]
+    client = connect(f"sqlite:///{here}/mlflow.db")
+    for words in (bad, [*bad, "--resume"]):
+        assert main(words) == 1
+        (run,) = client.search_runs([e.experiment_id for e in client.search_experiments()])
+        result = json.loads((here / "runs" / "tiny" / "result.json").read_text())
+        assert (run.info.status, run.data.tags["bootvit.reason"]) == ("FAILED", result["reason"])
+        assert "not finite" in result["reason"]
+        points = client.get_metric_history(run.info.run_id, "train/vit/ce")
+        assert [point.step for point in points] == [1]
+    link = json.loads((here / "runs" / "tiny" / "mlflow.json").read_text())
+    assert run.info.start_time == int(link["started"] * 1000) < run.info.end_time == int(link["ended_at"] * 1000)
 
 
 # ------------------------------------------------------------------------------- a server that never answers

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 from bootvit import checkpoint
 from bootvit.config import Config
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
-from bootvit.tracking.follow import CREATION_S, wait_for
+from bootvit.tracking.follow import CREATION_S, UPLOAD_BYTES_PER_S, wait_for
 from bootvit.tracking.link import RunLink
 from bootvit.tracking.store import is_new_database
 from tune.decide.log import Trial
@@ -48,6 +48,7 @@ class Shipper:
         self._error: BaseException | None = None
         self._resume_at = 0.0  # after a pause
         self._answered = 0.0  # when MLflow has last taken something
+        self._upload_s = 0.0  # more patience, while a trial's weights are sent
         self._patience = PATIENCE + (CREATION_S if is_new_database(parent.uri) else 0.0)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
@@ -71,7 +72,7 @@ class Shipper:
         """
         self._stop.set()
         self._answered = time.monotonic()
-        while self._thread.is_alive() and time.monotonic() - self._answered < self._patience:
+        while self._thread.is_alive() and time.monotonic() - self._answered < self._patience + self._upload_s:
             self._thread.join(1)
         ended = wait_for(self._thread, 0, self._parent.folder)
         if self._error is not None:
@@ -126,11 +127,12 @@ class Shipper:
         path = config.run_dir / "result.json"
         result = checkpoint.read_json(path) | {"mlflow_run_id": run.run_id}
         checkpoint.write_json(path, result)
+        self._upload_s = run.upload_size() / UPLOAD_BYTES_PER_S
         return self._took(run.finish(ENDS[trial.status], result, at))
 
     def _took(self, answered: bool) -> bool:
         if answered:
-            self._answered = time.monotonic()
+            self._answered, self._upload_s = time.monotonic(), 0.0
         return answered
 
     def _child(self, trial: Trial, config: Config) -> MlflowRun:
