@@ -98,7 +98,7 @@ class MlflowRun(TrackedRun):
             self._ship(upto)
         if ending:
             self._end(ending, max(covered, self._link.shipped_step, 0))
-        if not self._config_sent:
+        if not (self._config_sent or self._link.complete):
             self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
             self._config_sent = True
         if ending:
