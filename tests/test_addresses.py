@@ -237,7 +237,7 @@ def test_an_error_of_mlflow_that_repeats_the_secret(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refused(uri: str) -> None:
-        raise ConnectionError(f"Max retries exceeded with url {'x' * 280} /api?{SECRET}; {uri}; user me:{SECRET}")
+        raise ConnectionError(f"Max retries exceeded with url {'x' * 200} /api?{SECRET}; {uri}; user me:{SECRET}")
 
     monkeypatch.setattr("bootvit.tracking.tracked.connect", refused)
     config = Config.model_validate({"tracking": {"uri": ADDRESS}})

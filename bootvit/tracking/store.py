@@ -95,8 +95,8 @@ def _wrong_http(uri: str) -> str | None:
     try:
         parts = urlsplit(uri)
         right = bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", uri)
-        if "@" in parts.path or parts.query or parts.fragment:  # MLflow puts its own path behind the address
-            return "a host and a port, and at most a path: no ? or #; write /, ? and # in a password as %2F, %3F, %23"
+        if "@" in parts.path or parts.query or parts.fragment:  # MLflow puts its own path behind it
+            return "it can have no ? or #; write /, ? and # in a password as %2F, %3F and %23"
     except ValueError:  # such as a port that is no number; its message would quote a password
         right = False
     return None if right else "not a host and a port"
