@@ -36,6 +36,7 @@ def run(arguments: list[str]) -> int:
     """The command line; its status, and one line on stderr for what is no bug."""
     import typer
 
+    from bootvit.addresses import public
     from bootvit.cli import app
     from bootvit.errors import RunFailed, UserError
     from bootvit.train import raise_on_sigterm
@@ -50,7 +51,7 @@ def run(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return status if isinstance(status, int) else 0
     except parser_error as err:
-        text = str(err.format_message())  # type: ignore[attr-defined]
+        text = public(str(err.format_message()))  # type: ignore[attr-defined]
         lines = text if type(err).__name__ == "NoArgsIsHelpError" else f"bootvit: error: {' '.join(text.split())}"
         print(lines, file=sys.stderr)
         return 2
@@ -63,16 +64,16 @@ def run(arguments: list[str]) -> int:
 
 def explain(err: Exception) -> int:
     """One line on stderr, and the status, for what is the user's or the machine's; anything else is raised again."""
+    from bootvit.addresses import public
     from bootvit.errors import OF_THE_MACHINE, OF_THE_USER, UserError
 
     if isinstance(err, OSError) and err.errno not in OF_THE_MACHINE + OF_THE_USER:
         raise err
     if isinstance(err, UserError) or (isinstance(err, OSError) and err.errno in OF_THE_USER):
-        print(f"bootvit: error: {err}", file=sys.stderr)
+        print(f"bootvit: error: {public(str(err))}", file=sys.stderr)
         return 2
-    print(
-        f"bootvit: failed: {f'out of memory {err}'.strip() if isinstance(err, MemoryError) else err}", file=sys.stderr
-    )
+    reason = f"out of memory {err}".strip() if isinstance(err, MemoryError) else str(err)
+    print(f"bootvit: failed: {public(reason)}", file=sys.stderr)
     return 1
 
 

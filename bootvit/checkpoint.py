@@ -146,10 +146,15 @@ def described(folder: Path) -> list[Saved]:
 def newest(folder: Path) -> Saved | None:
     """The newest checkpoint whose bytes are what was written; a damaged one is passed over with a line on stderr."""
     for saved in reversed(described(folder)):
-        if _bytes_of(saved) is not None:
+        if verify(saved):
             return saved
         print(f"bootvit: {saved.path} is damaged; looking for an older checkpoint", file=sys.stderr)
     return None
+
+
+def verify(saved: Saved) -> bool:
+    """Whether a checkpoint is there, with the bytes that were written."""
+    return _bytes_of(saved) is not None
 
 
 def best_of(folder: Path) -> Saved | None:

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from bootvit.addresses import public
+
 OF_THE_MACHINE = (  # a full disk or quota, a folder that may not be written, a broken disk, too many open files
     *(errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
     *(errno.EIO, errno.EMFILE, errno.ENFILE),
@@ -24,10 +26,10 @@ def one_line(text: str) -> str:
 
 
 class OneLine(Exception):
-    """An error whose text is one line, whatever names and values of the user it repeats."""
+    """An error whose text is one line without passwords, whatever names and values of the user it repeats."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(one_line(message))
+        super().__init__(one_line(public(message)))
 
 
 class UserError(OneLine):

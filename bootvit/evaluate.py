@@ -5,14 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bootvit import checkpoint
-from bootvit.config import Config, validate
+from bootvit.config import Config, validate, whole
 from bootvit.data import DataFacts, DataSplits, open_splits
 from bootvit.data.batches import EvalBatches
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.loop import check_evaluable, of_all_workers
 from bootvit.train import on_workers, pick_device, ray_world, start_ray
+from bootvit.weights import newest_state
 
 # what an evaluation may change: which images it counts, how fast and how precisely; the rest is the run's
 EVAL_KEYS = (
@@ -29,11 +29,11 @@ class Evaluation(NamedTuple):
 
 
 def newest_checkpoint(run_dir: Path) -> dict[str, Any]:
-    """The content of a run's newest verified checkpoint."""
-    saved = checkpoint.newest(run_dir / "checkpoints")
-    if saved is None:
+    """The content of a run's newest verified checkpoint, or of the weights that MLflow has kept of one."""
+    state = newest_state(run_dir)
+    if state is None:
         raise UserError(f"{run_dir}: no usable checkpoint in it")
-    return checkpoint.load(saved)
+    return state
 
 
 def evaluate(config: Config, run_dir: Path, *, local: bool) -> Evaluation:
@@ -49,7 +49,7 @@ def evaluate(config: Config, run_dir: Path, *, local: bool) -> Evaluation:
 
     data = [] if config.data.root is None else [reads(f"data.root={config.data.root}", Path(config.data.root))]
     check_nodes([reads(str(run_dir), run_dir / "config.yaml"), *data])
-    job = {"config": config.model_dump(mode="json"), "run_dir": str(run_dir)}
+    job = {"config": whole(config), "run_dir": str(run_dir)}
     return Evaluation(*on_workers(config, eval_worker, job))
 
 

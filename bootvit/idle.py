@@ -135,7 +135,12 @@ RULES: tuple[Rule, ...] = (
         "the agent has no warm-up",
     ),
     ("ray.cpus_per_worker ray.max_failures", lambda r: r.local, "--local"),
-    ("tracking.uri tracking.experiment", lambda r: not r.config.tracking.enabled, "tracking.enabled=false"),
+    (
+        "tracking.uri tracking.experiment tracking.checkpoints tracking.moments",
+        lambda r: not r.config.tracking.enabled,
+        "tracking.enabled=false",
+    ),
+    ("tracking.moments", lambda r: r.config.tracking.checkpoints == "none", "tracking.checkpoints=none"),
 )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bootvit.config import Config, flatten, override, place_of, read_config, validate, with_overrides
+from bootvit.config import Config, flatten, override, place_of, read_config, validate, whole, with_overrides
 from bootvit.errors import UserError
 from bootvit.models.zoo import check_models
 
@@ -75,7 +75,7 @@ def check_places(config: Config, origin: str, origins: dict[str, str]) -> None:
 
 def change_config(config: Config, overrides: Sequence[str], free: tuple[str, ...]) -> Config:
     """A run's config with `KEY=VALUE` overrides of keys that begin as one of `free` says, checked again."""
-    data, origins = with_overrides(config.model_dump(mode="json"), overrides)
+    data, origins = with_overrides(whole(config), overrides)
     changed = make_config(data, config.name, origins)
     was = flatten(config)
     for key, value in flatten(changed).items():

@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +19,9 @@ from typing import Any, Literal
 import torch
 
 from bootvit import checkpoint
+from bootvit.addresses import public
 from bootvit.asks import on_signals, say_stopping
-from bootvit.config import Config, override, validate
+from bootvit.config import Config, override, validate, whole
 from bootvit.data import DataSplits, facts_of, open_splits
 from bootvit.errors import RunFailed, UserError
 from bootvit.heartbeat import Heartbeat, check_nobody_writes
@@ -60,7 +62,7 @@ def train(
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
         print(f"{folder.path} is finished; nothing to do")
-        was = override(load_config(str(folder.config)), {"tracking": config.tracking.model_dump(mode="json")})
+        was = override(load_config(str(folder.config)), {"tracking": whole(config.tracking)})
         if (tracked := open_tracking(was, folder, splits)) is not None:
             tracked.sync()  # what a server that was down has not got yet
         return read_result(folder.result)
@@ -122,6 +124,7 @@ def record(
     follower: Follower | None,
 ) -> Result:
     """Write result.json, at first without MLflow's id, which may not be there yet, and let MLflow know of the end."""
+    ended = time.time()
     result = result | {"git": source_version(), "mlflow_run_id": None}
     folder.write_result(result)
     if follower is None:
@@ -130,7 +133,7 @@ def record(
     if run_id is not None:
         result |= {"mlflow_run_id": run_id}
         folder.write_result(result)
-    follower.finish(status, result)
+    follower.finish(status, result, ended)
     return result
 
 
@@ -140,7 +143,7 @@ def unfinished(config: Config, splits: DataSplits, status: RunStatus, err: BaseE
         config,
         status,
         max((s.epoch for s in checkpoint.described(config.run_dir / "checkpoints")), default=0),
-        reason=str(err) or type(err).__name__,
+        reason=public(str(err)) or type(err).__name__,
         fingerprint=splits.fingerprint,
         digest=splits.train.digest,
     )
@@ -277,7 +280,7 @@ def run_under_ray(config: Config, folder: RunFolder) -> Result:
 def worker_job(config: Config, folder: RunFolder, coordinator: Any, test: TestUse = "auto") -> dict[str, Any]:
     """What `train_worker` is given."""
     return {
-        "config": config.model_dump(mode="json"),
+        "config": whole(config),
         "folder": str(folder.path),
         "lease": folder.lease,
         "test": test,

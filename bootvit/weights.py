@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from bootvit import checkpoint
 from bootvit.config import Config, Network
 from bootvit.errors import RunFailed, UserError
-from bootvit.files import read_json
+from bootvit.files import read_json, write_atomic
 from bootvit.learner import Networks
 from bootvit.models.agent import TimmCNN
 from bootvit.models.zoo import build_vit, pretrained
 
 EXPECTED = "expected a run's folder, its checkpoint, a timm export, or a file (.pth, .pt, .bin, .safetensors, .npz)"
+ABOUT = "bootvit"  # metadata of a file of ours: the data's facts, epoch and step, as JSON
 WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # keys under which files keep weights; timm's order
 
 Tensors = dict[str, Tensor]
@@ -109,10 +110,10 @@ def read(config: Config, net: Network) -> Source:
     if not path.is_dir():
         return from_file(config, net, path)
     if (path / "config.yaml").is_file():
-        saved = checkpoint.newest(path / "checkpoints")
-        if saved is None:
+        state = newest_state(path)
+        if state is None:
             raise UserError(f"{key}: this run has no usable checkpoint")
-        return from_run(checkpoint.load(saved), net, key)
+        return from_run(state, net, key)
     if (path / "model.safetensors").is_file():
         return from_file(config, net, path / "model.safetensors")
     raise UserError(f"{key}: this folder is neither a run nor a timm export; {EXPECTED}")
@@ -176,6 +177,24 @@ def ours(path: Path, key: str) -> bool:
         return checkpoint.is_checkpoint(path)
     except UserError as err:
         raise UserError(f"{key}: {path.name} is not a readable file of tensors and plain values; {EXPECTED}") from err
+
+
+def weights_only(saved: checkpoint.Saved, folder: Path) -> Path:
+    """Write a checkpoint's networks without the optimiser, and what the run knows of its data; returns the file."""
+    state = checkpoint.load(saved)
+    kept = {"learner": {"networks": state["learner"]["networks"]}, "data": state["data"]}
+    path = folder / f"weights-{saved.path.stem}.safetensors"
+    write_atomic(path, checkpoint.pack(kept))
+    return path
+
+
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
+    """The newest verified checkpoint of a run; where a run came from MLflow without one, its newest weights."""
+    saved = checkpoint.newest(run_dir / "checkpoints")
+    if saved is not None:
+        return checkpoint.load(saved)
+    weights = sorted((run_dir / "checkpoints").glob("weights-*.safetensors"))
+    return checkpoint.unpack(weights[-1].read_bytes(), weights[-1]) if weights else None
 
 
 def from_npz(config: Config, net: Network, path: Path) -> Source:

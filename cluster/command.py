@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from bootvit.config import find_config, layers, merge, nest, read_layers, with_overrides
+from bootvit.addresses import has_secret
+from bootvit.config import find_config, layers, merge, nest, origin_of, read_layers, with_overrides
 from bootvit.errors import UserError
 from bootvit.load import load_config
 from cluster.capacity import Workers, train_workers, trial_workers
@@ -82,7 +82,7 @@ def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
     own = [text for text in overrides if is_own(text)]
     for text in own:
         if text.startswith("base=") and Path(text.removeprefix("base=")).is_file():
-            raise UserError(f"override {text!r}: the job does not have this file: name it in the sweep file")
+            raise UserError(f"{origin_of(text)}: the job does not have this file: name it in the sweep file")
     sweep = load_sweep(str(path), overrides)
     check_space(sweep)
     base = find_config(sweep.file.base)
@@ -119,9 +119,9 @@ def _check_tracking(uri: str | None, origin: str, key: str) -> None:
     wanted = "http://SERVER:5000 or sqlite:////SHARED/mlflow.db (or tracking.enabled=false)"
     if uri is None:
         raise UserError(f"{origin}: tracking.uri is not set, and the job's folder vanishes: set {wanted}")
-    if urlsplit(uri).password:
+    if has_secret(uri):
         raise UserError(
-            f"{key} holds a password, which the job's record would show: leave it out, "
+            f"{key} holds a password or a token, which the job's record would show: leave it out, "
             "and set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD on the cluster's nodes"
         )
     if not outlives_job(uri):

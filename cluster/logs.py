@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+from bootvit.addresses import public
+
 LOST_S = 60.0  # without an answer while a job is followed, before it is given up as lost
 PAUSE_S = 0.5  # between two attempts
 CHATTER = re.compile(r"\S+ \S+\tINFO job_manager\.py:\d+ -- |Running entrypoint for job ")  # Ray's lines in a log
@@ -99,4 +101,4 @@ def verdict(info: Any, name: str) -> int:
 
 def say(text: str) -> None:
     """One line on stderr."""
-    print(f"bootvit: {text}", file=sys.stderr, flush=True)
+    print(f"bootvit: {public(text)}", file=sys.stderr, flush=True)

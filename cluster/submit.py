@@ -13,6 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from bootvit.addresses import has_secret
 from bootvit.errors import RunFailed, UserError
 from cluster.capacity import Workers, check_capacity, driver_place, known_nodes, reported_nodes
 from cluster.client import connect, dashboard
@@ -65,7 +66,7 @@ def submit(
     packages = tuple(pins()) if pip else ()
     with TemporaryDirectory(prefix="bootvit-submit-") as folder:
         words = stage(checked, Path(folder))
-        env = {key: os.environ[key] for key in PASSED if key in os.environ}
+        env = passed()
         job = Job(
             shlex.join(["python", "-m", "bootvit", *words]),
             Path(folder),
@@ -77,6 +78,11 @@ def submit(
         client = connect(url)
         send(client, job, url, name)
     return watch(client, url, name, wait=wait)
+
+
+def passed(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The settings of MLflow's client that the job gets: its record shows them, so one with a secret stays here."""
+    return {key: env[key] for key in PASSED if key in env and not has_secret(env[key])}
 
 
 def send(client: Any, job: Job, url: str, name: str) -> None:

@@ -9,13 +9,17 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from bootvit import checkpoint
 from bootvit.config import Config
 from bootvit.errors import UserError
 from bootvit.tracking import (
@@ -28,7 +32,7 @@ from bootvit.tracking import (
     run_tags,
     tracking_uri,
 )
-from bootvit.tracking.store import connect, public
+from bootvit.tracking.store import connect, time_to_upload
 from bootvit.tracking.sweep import state_points
 from bootvit.tracking.tags import param_text, ray_job_id
 
@@ -120,10 +124,6 @@ def test_uri_from_config_then_environment_then_the_current_folder(
         tracking_uri("mlflow.db")
 
 
-def test_passwords_are_not_shown() -> None:
-    assert public("http://me:secret@host:5000/x") == "http://***@host:5000/x"
-
-
 def test_tags_name_the_run_its_data_and_its_job(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", '{"metadata": {"job_submission_id": "raysubmit_7"}}')
     config = Config.model_validate({"name": "a", "seed": 3, "method": "shared", "data": {"fraction": 0.1}})
@@ -175,9 +175,8 @@ class Store:
     def checkpoint(self, epoch: int, step: int, *, final: bool = False) -> None:
         folder = self.run_dir / "checkpoints"
         folder.mkdir(exist_ok=True)
-        (folder / f"step-{step:08d}.safetensors").write_bytes(b"weights")
-        meta = {"step": step, "epoch": epoch, "batch": 0, "final": final, "sha256": "0"}
-        (folder / f"step-{step:08d}.json").write_text(json.dumps(meta))
+        state = {"learner": {"networks": {"vit.w": torch.ones(2)}, "optimizers": []}, "data": {"classes": ["a", "b"]}}
+        checkpoint.write(folder, checkpoint.pack(state), epoch=epoch, step=step, final=final)
 
     def result(self, **changes: Any) -> dict[str, Any]:
         result = {
@@ -203,17 +202,9 @@ class Store:
         return [(m.step, m.value) for m in connect(self.uri).get_metric_history(run.info.run_id, key)]
 
 
-@pytest.fixture(scope="module")
-def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An empty database, made once: MLflow's migrations take seconds."""
-    path = tmp_path_factory.mktemp("template") / "mlflow.db"
-    connect(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def store(tmp_path: Path, template: Path) -> Store:
-    (tmp_path / "mlflow.db").write_bytes(template.read_bytes())
+def store(tmp_path: Path, empty_store: Path) -> Store:
+    (tmp_path / "mlflow.db").write_bytes(empty_store.read_bytes())
     return Store(tmp_path)
 
 
@@ -316,7 +307,7 @@ def test_a_tag_is_cut_to_the_limit(store: Store) -> None:
     assert store.runs()[0].data.tags["long"] == "x" * 8000
 
 
-def test_a_store_that_lost_the_run_gets_all_of_it_again(store: Store, template: Path) -> None:
+def test_a_store_that_lost_the_run_gets_all_of_it_again(store: Store) -> None:
     store.journal.write([rec(1), rec(2)])
     store.checkpoint(1, step=2)
     first = store.open()
@@ -332,6 +323,7 @@ def test_mlflow_keeps_nothing_in_memory_of_a_run_that_has_ended(store: Store) ->
     from mlflow.tracking._tracking_service.utils import _artifact_repos_cache as kept
 
     run = store.open()
+    run.sync()
     assert run.run_id in kept
     run.finish("FINISHED", store.result())
     assert run.run_id not in kept
@@ -385,7 +377,7 @@ def test_finish_sends_the_final_numbers_and_files_and_is_the_same_twice(store: S
     run = store.open()
     (store.run_dir / "config.yaml").write_text("name: a\n")
     store.journal.write([rec(1), rec(2, "test/vit/top1", 51.5, epoch=1), rec(2, "epoch", 2.0, epoch=1)])
-    store.checkpoint(2, step=2, final=True)
+    store.checkpoint(2, step=2)
     result = store.result()
     run.finish("FINISHED", result)
     store.open().finish("FINISHED", result)
@@ -396,9 +388,7 @@ def test_finish_sends_the_final_numbers_and_files_and_is_the_same_twice(store: S
     assert len(store.points("final/vit/top1")) == 1
     client = connect(store.uri)
     names = [item.path for item in client.list_artifacts(found.info.run_id)]
-    assert names == ["checkpoint", "config.yaml", "result.json"]
-    weights = [item.path for item in client.list_artifacts(found.info.run_id, "checkpoint")]
-    assert weights == ["checkpoint/step-00000002.json", "checkpoint/step-00000002.safetensors"]
+    assert names == ["config.yaml", "result.json"]
     assert [item.dataset.digest for item in found.inputs.dataset_inputs] == ["f00d"]
 
 
@@ -446,6 +436,185 @@ def test_a_follower_ships_in_the_background_and_the_end_last(store: Store) -> No
     assert follower.finish("FINISHED", store.result())
     assert store.points() == [(1, 1.0), (2, 2.0)]
     assert store.runs()[0].info.status == "FINISHED"
+
+
+# ------------------------------------------------------------------------------------- when it began and ended
+
+
+def times(store: Store) -> tuple[int, int]:
+    (run,) = store.runs()
+    return run.info.start_time, run.info.end_time
+
+
+def test_a_runs_times_are_its_own_however_late_it_is_shipped(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """The store is down from before the start until long after the end."""
+    before = time.time()
+    down = store.config(tracking={"uri": f"http://127.0.0.1:{unused_port()}"})
+    late = MlflowRun(down, store.run_dir, tags={})
+    begun = time.time()
+    store.journal.write([rec(1)._replace(time=begun)])
+    store.checkpoint(1, step=1, final=True)
+    late.finish("FINISHED", store.result(), at=begun + 100.5)
+    assert "failed" in capsys.readouterr().err
+    store.open().sync()
+    start, end = times(store)
+    assert before * 1000 - 1 <= start <= begun * 1000
+    assert end == int((begun + 100.5) * 1000)
+
+
+def test_a_run_that_mlflow_hears_of_late_began_at_its_first_record(store: Store) -> None:
+    """Such as one that was begun where MLflow was not installed."""
+    store.journal.write([rec(1), rec(2)])
+    store.open()
+    assert store.runs()[0].info.start_time == int(rec(1).time * 1000)
+
+
+def test_the_end_of_a_resumed_run_is_the_later_one(store: Store) -> None:
+    store.open().finish("FAILED", {}, at=1_700_000_100.0)
+    again = store.open()
+    assert json.loads((store.run_dir / "mlflow.json").read_text())["ended_at"] is None
+    again.finish("FINISHED", store.result(), at=1_700_000_200.0)
+    assert times(store)[1] == 1_700_000_200_000
+
+
+# ------------------------------------------------------------------------------------------------ a run that failed
+
+
+def test_a_failed_run_has_its_last_points_and_its_reason_and_no_point_twice_when_it_goes_on(store: Store) -> None:
+    """The points beyond the checkpoint tell why; they are measured again by the run that goes on."""
+    store.journal.write([rec(1), rec(2), rec(3), rec(4)])
+    store.checkpoint(1, step=2)
+    run = store.open()
+    run.sync()
+    assert [step for step, _ in store.points()] == [1, 2]
+    failed = store.result(status="failed", reason="the loss at http://me:secret@h is not finite", final=None, epochs=1)
+    run.finish("FAILED", failed)
+    assert [step for step, _ in store.points()] == [1, 2, 3, 4]
+    (found,) = store.runs()
+    assert found.info.status == "FAILED"
+    assert found.data.tags["bootvit.reason"] == "the loss at http://***@h is not finite"
+
+    (store.run_dir / "result.json").unlink()
+    store.journal.cut(2)
+    again = store.open()
+    (found,) = store.runs()
+    assert (found.info.status, "bootvit.reason" in found.data.tags) == ("RUNNING", False)
+    store.journal.write([rec(step)._replace(time=1_800_000_000.0 + step) for step in (3, 4, 5)])
+    store.checkpoint(2, step=5, final=True)
+    again.finish("FINISHED", store.result())
+    assert sorted(store.points()) == [(step, float(step)) for step in range(1, 6)]
+    (found,) = store.runs()
+    assert found.data.metrics["final/epochs"] == 2
+
+
+def test_a_failed_run_that_fails_again_before_its_old_end_tells_its_newest_numbers(store: Store) -> None:
+    store.journal.write([rec(1), rec(9)])
+    store.checkpoint(1, step=1)
+    store.open().finish("FAILED", store.result(epochs=1, seconds=3.0))
+    store.journal.cut(1)
+    store.checkpoint(2, step=5)
+    store.open().finish("KILLED", store.result(epochs=2, seconds=7.0))
+    assert store.runs()[0].data.metrics["final/seconds"] == 7.0
+
+
+def test_an_interrupted_run_ships_only_what_a_checkpoint_covers(store: Store) -> None:
+    store.journal.write([rec(1), rec(2)])
+    store.checkpoint(1, step=1)
+    store.open().finish("KILLED", {})
+    assert store.points() == [(1, 1.0)]
+
+
+# ---------------------------------------------------------------------------------------------- files come last
+
+
+class NoFiles:
+    """A client whose artifact store fails."""
+
+    def __init__(self, client: Any) -> None:
+        self._client = client
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._client, name)
+
+    def log_artifact(self, *what: Any) -> None:
+        raise ConnectionError("no artifacts today")
+
+    def log_text(self, *what: Any) -> None:
+        raise ConnectionError("no artifacts today")
+
+
+def test_the_end_does_not_wait_for_files_which_the_next_sync_uploads(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = store.open()
+    run._client = NoFiles(run._client)
+    store.journal.write([rec(1)])
+    store.checkpoint(1, step=1, final=True)
+    assert not run.finish("FINISHED", store.result(), at=1_800_000_000.0)
+    assert "no artifacts today" in capsys.readouterr().err
+    (found,) = store.runs()
+    assert (found.info.status, found.info.end_time) == ("FINISHED", 1_800_000_000_000)
+    assert (store.points(), found.data.metrics["final/vit/top1"]) == ([(1, 1.0)], 51.5)
+    link = store.run_dir / "mlflow.json"
+    assert json.loads(link.read_text())["complete"] is False
+    store.open().sync()
+    assert json.loads(link.read_text())["complete"] is True
+    assert times(store)[1] == 1_800_000_000_000
+    files = [item.path for item in connect(store.uri).list_artifacts(found.info.run_id, "checkpoints")]
+    assert files == ["checkpoints/weights-epoch-0001.safetensors"]
+
+
+def test_a_large_upload_is_given_its_time_and_other_requests_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that needs three seconds to store a file, under a limit of one second."""
+    from mlflow.exceptions import MlflowException
+    from mlflow.store.artifact.http_artifact_repo import HttpArtifactRepository
+
+    class Slow(BaseHTTPRequestHandler):
+        def do_PUT(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            time.sleep(3)
+            self.send_response(200)
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def log_message(self, *what: Any) -> None:
+            pass
+
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "1")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    file = tmp_path / "weights.pt"
+    file.write_bytes(bytes(8_000_000))
+    with ThreadingHTTPServer(("127.0.0.1", 0), Slow) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        artifacts = HttpArtifactRepository(f"http://127.0.0.1:{server.server_port}/api/2.0/mlflow-artifacts/artifacts")
+        with time_to_upload(file.stat().st_size):
+            artifacts.log_artifact(str(file))
+        assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "1"
+        with pytest.raises(MlflowException, match="timeout"):
+            artifacts.log_artifact(str(file))
+        server.shutdown()
+
+
+def test_files_are_uploaded_with_their_time(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = store.open()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "2")
+    allowed: dict[str, str] = {}
+    log = type(run._client).log_artifact
+
+    def noted(self: Any, run_id: str, path: str, folder: str | None = None) -> None:
+        allowed[Path(path).suffix] = os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"]
+        log(self, run_id, path, folder)
+
+    monkeypatch.setattr(type(run._client), "log_artifact", noted)
+    large = store.run_dir / "x.pt"
+    with large.open("wb") as file:
+        file.truncate(300_000_000)
+    run._send_file(large, "checkpoints")
+    assert allowed == {".pt": "302"}
+    run._send_file(large, "checkpoints")
+    assert os.environ["MLFLOW_HTTP_REQUEST_TIMEOUT"] == "2"
 
 
 # ------------------------------------------------------------------------------------- when it goes wrong

@@ -12,10 +12,12 @@ from bootvit.config.files import (
     leaves,
     merge,
     nest,
+    origin_of,
     override,
     parse_override,
     read_config,
     read_layers,
+    whole,
     with_overrides,
 )
 from bootvit.config.messages import all_keys, place_of, suggest, validate
@@ -70,6 +72,7 @@ __all__ = [
     "leaves",
     "merge",
     "nest",
+    "origin_of",
     "override",
     "pair",
     "parse_override",
@@ -79,5 +82,6 @@ __all__ = [
     "read_layers",
     "suggest",
     "validate",
+    "whole",
     "with_overrides",
 ]

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import yaml
 from pydantic import BaseModel
 
+from bootvit.addresses import SECRETS, public, public_address
 from bootvit.config.messages import section_of, shown
 from bootvit.config.schema import Config
 from bootvit.config.text import parse_yaml
@@ -40,7 +41,7 @@ def find_config(name: str, shipped: Path = SHIPPED) -> Path:
     if os.path.lexists(name):
         raise UserError(f"{name}: not a regular file: a config is one, or the name of a shipped one")
     raise UserError(
-        f"{name[:200]}: no such config file" + (f"; the nearest shipped one is {near[0]!r}" if near else "")
+        f"{public(name)[:200]}: no such config file" + (f"; the nearest shipped one is {near[0]!r}" if near else "")
     )
 
 
@@ -63,7 +64,7 @@ def layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[Layer]:
     for parent in parents:
         target = path.parent / parent
         if not is_file(target):
-            raise UserError(f"{path}: extends {parent[:200]!r}, but {str(target)[:300]} does not exist")
+            raise UserError(f"{path}: extends {public(parent)[:200]!r}, but {public(str(target))[:300]} does not exist")
         yield from layers(target, (*seen, path))
     yield Layer(path, {key: value for key, value in data.items() if key != "extends"}, parents)
 
@@ -121,7 +122,7 @@ def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def flatten(config: BaseModel) -> dict[str, Any]:
-    """The same of a checked config or sweep file."""
+    """The same of a checked config or sweep file, without the secrets in addresses."""
     return leaves(config.model_dump(mode="json"))
 
 
@@ -137,7 +138,7 @@ def with_overrides(data: dict[str, Any], overrides: Sequence[str]) -> tuple[dict
     origins: dict[str, str] = {}
     for text in overrides:
         key, value = parse_override(text)
-        data, origins[key] = merge(data, nest(key, value)), f"override {text!r}"
+        data, origins[key] = merge(data, nest(key, value)), origin_of(text)
     return data, origins
 
 
@@ -148,7 +149,7 @@ def parse_override(text: str, schema: type[BaseModel] = Config) -> tuple[str, An
     begins no comment, and nothing at all is no value.
     """
     key, eq, value = text.partition("=")
-    origin = f"override {text!r}"
+    origin = origin_of(text)
     if not eq or not re.fullmatch(r"[A-Za-z_][\w.]*", key):
         raise UserError(f"{origin}: expected KEY=VALUE, such as data.fraction=0.1")
     kinds = leaf_types(schema, key)
@@ -157,6 +158,12 @@ def parse_override(text: str, schema: type[BaseModel] = Config) -> tuple[str, An
     if str in kinds and kinds <= {str, types.NoneType}:
         return key, None if value == "null" and types.NoneType in kinds else value
     return key, parse_yaml(value, origin, comments=False)
+
+
+def origin_of(text: str) -> str:
+    """An override as a place for messages."""
+    key, eq, value = text.partition("=")
+    return f"override {key + eq + public_address(value)!r}"
 
 
 def leaf_types(schema: type[BaseModel], key: str) -> set[Any]:
@@ -179,10 +186,15 @@ def _members(annotation: Any) -> list[Any]:
 
 
 def dump_config(config: BaseModel) -> str:
-    """The resolved config as YAML; `load_config` of it is the same run."""
+    """The resolved config as YAML, without the secrets in addresses; `load_config` of it is the same run."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, default_flow_style=None, width=110)
 
 
 def override(config: Config, changes: dict[str, Any]) -> Config:
     """The same run with some (nested) values changed, checked again."""
-    return Config.model_validate_json(json.dumps(merge(config.model_dump(mode="json"), changes)))
+    return Config.model_validate_json(json.dumps(merge(whole(config), changes)))
+
+
+def whole(config: BaseModel) -> dict[str, Any]:
+    """A config or a section with the secrets in its addresses: for use in this process, never for writing."""
+    return config.model_dump(mode="json", context=SECRETS)

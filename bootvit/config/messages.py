@@ -9,6 +9,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from bootvit.addresses import public, public_address
 from bootvit.errors import UserError
 
 SHOWN = 80  # characters of a value in a message
@@ -104,6 +105,7 @@ def all_keys(schema: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, cut where it is long."""
-    text = json.dumps(value, default=str)
+    """A value for a message, without passwords, and cut where it is long."""
+    text = json.dumps(public_address(value) if isinstance(value, str) else value, default=str)
+    text = public(text)  # before it is cut: a half address is not known as one
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SerializationInfo, model_validator
+
+from bootvit.addresses import public_address
 
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -13,6 +15,14 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=1)]
 Size = Count | tuple[Count, Count]
 Method = Literal["vit", "agent", "joint", "shared"]
+
+
+def _written(address: str, info: SerializationInfo) -> str:
+    """Without its secrets, unless `bootvit.addresses.SECRETS` asks for the whole."""
+    return address if (info.context or {}).get("secrets") else public_address(address)
+
+
+Address = Annotated[str, PlainSerializer(_written)]  # or a path; a secret in it stays in the memory of this process
 Network = Literal["vit", "agent"]
 
 NETWORKS: dict[Method, tuple[Network, ...]] = {
@@ -44,7 +54,7 @@ class ViTConfig(Section):
     )
     dropout: Rate = Field(0.0, description="on attention weights, on both residual branches and in the MLP")
     pos_dropout: Rate = Field(0.0, description="after the position table is added")
-    weights: str | None = Field(
+    weights: Address | None = Field(
         None, description="a run, its checkpoint, a timm export, a file, or timm (its hub); null: from scratch"
     )
 
@@ -67,7 +77,7 @@ class AgentConfig(Section):
     residual_dropout: Rate | None = Field(None, description="on both branches; null: 0, and the ViT's when shared")
     sync_norm: bool = Field(False, description="BatchNorm statistics over all workers")
     value_bias: bool = Field(True, description="shared: add the value bias, as attention does; the reference does not")
-    weights: str | None = Field(None, description="as the ViT's; timm only for a CNN of timm")
+    weights: Address | None = Field(None, description="as the ViT's; timm only for a CNN of timm")
 
 
 class ModelConfig(Section):
@@ -82,7 +92,7 @@ class DataConfig(Section):
     """Where images come from, which of them are used, and how they become batches."""
 
     source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "fake"] = "digits"
-    root: str | None = Field(None, description="the data set's folder; relative to where the command is started")
+    root: Address | None = Field(None, description="the data set's folder; relative to where the command is started")
     fraction: float = Field(1.0, gt=0, le=1, description="share of the training images, per class")
     fraction_rule: Literal["nested", "reference"] = Field("nested", description="reference: NumPy's shuffle by class")
     held_out: float = Field(0.0, ge=0, lt=1, description="share of the training images kept for selection")
@@ -190,7 +200,7 @@ class RayConfig(Section):
     )
     cpus_per_worker: Positive = 1
     use_gpu: bool | None = Field(None, description="null: a GPU per worker where the cluster has them")
-    storage_path: str = Field("./runs", description="parent of the run directories; every node must see it")
+    storage_path: Address = Field("./runs", description="parent of the run directories; every node must see it")
     max_failures: int = Field(0, ge=0, description="restarts from the last checkpoint after a lost worker")
     wait_minutes: Positive = Field(30.0, description="how long workers wait for nodes, at the start and after a loss")
     collective_timeout: Positive = Field(1800.0, description="seconds after which workers that hang count as lost")
@@ -216,9 +226,17 @@ class TrackingConfig(Section):
     """MLflow."""
 
     enabled: bool = True
-    uri: str | None = Field(None, description="null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db beside the command")
+    uri: Address | None = Field(
+        None, description="null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db beside the command", repr=False
+    )
     experiment: str = "bootvit"
     log_every: int = Field(20, ge=1, description="steps between journal records")
+    checkpoints: Literal["none", "best", "all"] = Field(
+        "best",
+        description="weights in MLflow when a run has finished, of the checkpoints that it keeps; best: of the highest "
+        "held-out accuracy, or the final one where nothing is held out",
+    )
+    moments: bool = Field(False, description="those checkpoints whole, with the optimiser's moments, to resume from")
 
 
 class Config(Section):

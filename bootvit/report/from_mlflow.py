@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
+from bootvit.addresses import public, without_secrets
 from bootvit.errors import UserError
 from bootvit.report.rows import Curve, RunRow, Split, longest
-from bootvit.tracking.store import connect, mlflow_available, public, sqlite_path
+from bootvit.tracking.store import connect, mlflow_available, sqlite_path
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted"}
 
@@ -27,7 +28,7 @@ def collect_mlflow(uri: str, experiment: str) -> list[RunRow]:
         client = connect(uri)
         rows = [_row(client, run) for run in _runs(client, uri, experiment)]
     except MlflowException as err:
-        raise UserError(f"MLflow at {public(uri)}: {public(str(err).splitlines()[0][:200])}") from err
+        raise UserError(f"MLflow at {public(uri)}: {without_secrets(str(err), uri).splitlines()[0][:200]}") from err
     if not rows:
         raise UserError(f"experiment {experiment!r} at {public(uri)}: no runs of bootvit there; train first")
     return rows

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bootvit.tracking.link import Status
-from bootvit.tracking.run import MlflowRun, final_checkpoint
+from bootvit.tracking.run import MlflowRun
 from bootvit.tracking.store import is_new_database
 
 PATIENCE_S = 15.0  # at the end of a run, for what MLflow has not got yet
@@ -42,17 +42,16 @@ class Follower:
         """End the thread without an end of the run."""
         self._ended.set()
 
-    def finish(self, status: Status, result: Mapping[str, Any]) -> bool:
-        """Send the rest and how the run ended; False, and a warning, if MLflow keeps us waiting for too long."""
-        self._run.note_end(status, result)
+    def finish(self, status: Status, result: Mapping[str, Any], at: float | None = None) -> bool:
+        """Send the rest and how the run ended, and when (None: now); False, and a warning, if MLflow takes too long."""
+        self._run.note_end(status, result, at)
         self._has_end = True
         self._ended.set()
         return wait_for(self._thread, self._patience(), self._run.folder)
 
     def _patience(self) -> float:
-        size = sum(file.stat().st_size for file in final_checkpoint(self._run.folder))
         creation = CREATION_S if self._creating and not self._tried.is_set() else 0.0
-        return PATIENCE_S + creation + size / UPLOAD_BYTES_PER_S
+        return PATIENCE_S + creation + self._run.upload_size() / UPLOAD_BYTES_PER_S
 
     def _work(self) -> None:
         self._run.connect()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import uuid
 from pathlib import Path
 from typing import Literal
@@ -23,15 +24,17 @@ class RunLink(BaseModel):
     run_id: str | None = None  # MLflow's
     uri: str = ""  # for people; without a password
     experiment: str = ""
+    started: float | None = None  # seconds since 1970, as `ended_at`; None: written by an earlier version
     shipped_step: int = -1  # the journal is there up to this step
     ended: Status | None = None  # how the run ended; None while it goes on
+    ended_at: float | None = None
     complete: bool = False  # whether MLflow has been told so, artifacts included
 
     @classmethod
-    def load(cls, path: Path) -> RunLink:
-        """The link that is there, else a new one, which is written at once."""
+    def load(cls, path: Path, started: float | None = None) -> RunLink:
+        """The link that is there, else a new one of a run that began at `started`, or now; it is written at once."""
         if not path.exists():
-            link = cls(run_key=uuid.uuid4().hex)
+            link = cls(run_key=uuid.uuid4().hex, started=time.time() if started is None else started)
             link.save(path)
             return link
         try:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bootvit.checkpoint import described
+from bootvit import checkpoint
+from bootvit.addresses import public, public_address
 from bootvit.config import Config, dump_config
+from bootvit.tracking.artifacts import chosen, files_of, size_of
 from bootvit.tracking.journal import iter_journal
 from bootvit.tracking.link import Status
 from bootvit.tracking.store import tracking_uri
 from bootvit.tracking.tags import DIGEST_LIMIT, flat_params
-from bootvit.tracking.tracked import Point, TrackedRun
+from bootvit.tracking.tracked import REASON, Point, TrackedRun
+
+TAIL = sys.maxsize  # a step: all of the journal
 
 
 class MlflowRun(TrackedRun):
@@ -22,15 +27,27 @@ class MlflowRun(TrackedRun):
 
     `sync` may be called at any time, from any thread, again and again, and after any crash: the store gets
     each point of the journal once. It is the driver's: there must be one at a time for a directory.
+
+    What lies beyond the newest checkpoint is done again when a run goes on, so it is shipped only when a run has
+    failed: its last points tell why. If it goes on after all, the steps that the store has keep their points.
     """
 
-    def __init__(self, config: Config, run_dir: Path, *, tags: Mapping[str, str], parent: str | None = None) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run_dir: Path,
+        *,
+        tags: Mapping[str, str],
+        parent: str | None = None,
+        started: float | None = None,
+    ) -> None:
         self._config = config
         self._result: dict[str, Any] = {}
         self._offset = 0  # bytes of the journal that are shipped
         self._read_to = 0  # bytes of the journal that have been read, shipped or not
+        self._last = -1  # step of the last record that was read
         self._journal_inode = -1  # a journal that was cut is another file: read it again from its start
-        self._dataset_sent = False
+        self._dataset_sent = self._config_sent = False
         self._finishing = False
         super().__init__(
             run_dir,
@@ -38,6 +55,7 @@ class MlflowRun(TrackedRun):
             config.tracking.experiment,
             tags={**tags, **({"mlflow.parentRunId": parent} if parent else {})},
             params=flat_params(config),
+            started=began(run_dir) if started is None else started,
         )
 
     def sync(self, *, now: bool = False) -> bool:
@@ -47,32 +65,44 @@ class MlflowRun(TrackedRun):
         """
         return self._attempt(self._sync, now=now)
 
-    def note_end(self, status: Status, result: Mapping[str, Any]) -> None:
-        """Write down how the run ended, in its folder only: a `sync`, by whomever, tells MLflow."""
+    def note_end(self, status: Status, result: Mapping[str, Any], at: float | None = None) -> None:
+        """Write down how and when the run ended, in its folder only: a `sync`, by whomever, tells MLflow."""
         self._result, self._finishing = dict(result), True
-        self._update_link(ended=status, complete=False)
+        self._note_end(status, at)
 
-    def finish(self, status: Status, result: Mapping[str, Any]) -> bool:
-        """Ship the rest, the final numbers and the artifacts, and set the status.
+    def upload_size(self) -> int:
+        """Bytes, at most, of the checkpoints that become artifacts if the run ends now."""
+        return size_of(self._config, self.folder)
+
+    def finish(self, status: Status, result: Mapping[str, Any], at: float | None = None) -> bool:
+        """Ship the rest and the final numbers, set the status and the end (`at`, None: now), then upload artifacts.
 
         What a store that is down does not take now is taken by the next `sync` of this directory.
         """
-        self.note_end(status, result)
+        self.note_end(status, result, at)
         return self.sync(now=True)
 
     def _on_connect(self, run: Any) -> None:
-        self._offset, self._dataset_sent = 0, False
-        self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
+        self._offset = 0
+        self._dataset_sent = self._config_sent = False
         if self._link.ended in ("FAILED", "KILLED") and not self._finishing:  # a resumed run goes on
             self._reopen()
 
     def _sync(self) -> None:
         self._send_dataset()
         covered = covered_step(self.folder)
-        if covered >= 0:
-            self._ship(covered)
-        if self._link.ended and not self._link.complete:
-            self._complete(self._link.ended, covered)
+        ending = self._link.ended if not self._link.complete else None
+        upto = TAIL if ending == "FAILED" else covered
+        if upto >= 0:
+            self._ship(upto)
+        if ending:
+            self._end(ending, max(covered, self._link.shipped_step, 0))
+        if not (self._config_sent or self._link.complete):
+            self._client.log_text(self.run_id, dump_config(self._config), "config.yaml")
+            self._config_sent = True
+        if ending:
+            self._send_files()
+            self._close()
 
     def _ship(self, covered: int) -> None:
         journal = self.folder / "metrics.jsonl"
@@ -83,7 +113,7 @@ class MlflowRun(TrackedRun):
             self._reopen()  # a finished run that was given more epochs
         self._send_points(self._new_points(journal, covered))
         self._offset = self._read_to
-        self._update_link(shipped_step=covered)
+        self._update_link(shipped_step=max(self._link.shipped_step, self._last) if covered == TAIL else covered)
 
     def _new_points(self, journal: Path, covered: int) -> Iterator[Point]:
         """The journal's points up to `covered`."""
@@ -92,23 +122,32 @@ class MlflowRun(TrackedRun):
             if record.step > covered:
                 break
             yield Point(record.name, record.value, int(record.time * 1000), record.step)
-            self._read_to = behind
+            self._read_to, self._last = behind, record.step
 
-    def _complete(self, status: Status, covered: int) -> None:
+    def _end(self, status: Status, step: int) -> None:
+        """The final numbers, the reason, and that the run is over: MLflow has these before any file."""
         path = self.folder / "result.json"
         result = self._result or (json.loads(path.read_text(encoding="utf-8")) if path.exists() else {})
-        milliseconds = int(time.time() * 1000)
-        self._send_points(Point(key, value, milliseconds, covered) for key, value in final_metrics(result).items())
+        milliseconds = int((self._link.ended_at or time.time()) * 1000)
+        self._send_values(Point(key, value, milliseconds, step) for key, value in final_metrics(result).items())
+        if result.get("reason"):
+            self._send_tags({REASON: public(str(result["reason"]))})
+        else:
+            self._drop_reason()
         if result.get("data_fingerprint"):
             self._tags["bootvit.data_fingerprint"] = str(result["data_fingerprint"])
             self._send_tags({"bootvit.data_fingerprint": self._tags["bootvit.data_fingerprint"]})
             self._send_dataset()
+        self._terminate(status)
+
+    def _send_files(self) -> None:
         for name in ("config.yaml", "result.json"):
             if (self.folder / name).exists():
                 self._send_file(self.folder / name)
-        for file in final_checkpoint(self.folder):
-            self._send_file(file, "checkpoint")
-        self._terminate(status)
+        for saved in chosen(self._config, self.folder):
+            with files_of(self._config, saved) as files:
+                for file in files:
+                    self._send_file(file, "checkpoints")
 
     def _send_dataset(self) -> None:
         """The data set as an MLflow input; the same one twice is stored once."""
@@ -118,7 +157,8 @@ class MlflowRun(TrackedRun):
         from mlflow.entities import Dataset, DatasetInput, InputTag
 
         data = self._config.data
-        source = json.dumps({"source": data.source, "root": data.root, "fraction": data.fraction})
+        root = data.root and public_address(data.root)
+        source = json.dumps({"source": data.source, "root": root, "fraction": data.fraction})
         name = self._tags.get("bootvit.data", data.source)
         dataset = Dataset(name=name, digest=fingerprint[:DIGEST_LIMIT], source_type="local", source=source)
         inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
@@ -128,13 +168,13 @@ class MlflowRun(TrackedRun):
 
 def covered_step(run_dir: Path) -> int:
     """The newest committed checkpoint's step, up to which the journal is settled; -1 without one."""
-    return max((saved.step for saved in described(run_dir / "checkpoints")), default=-1)
+    return max((saved.step for saved in checkpoint.described(run_dir / "checkpoints")), default=-1)
 
 
-def final_checkpoint(run_dir: Path) -> list[Path]:
-    """The files of the checkpoint at the end of training; none if it is not there."""
-    finals = [saved.path for saved in described(run_dir / "checkpoints") if saved.final]
-    return [file for path in finals[-1:] for file in (path, path.with_suffix(".json")) if file.exists()]
+def began(run_dir: Path) -> float:
+    """When a run that has no link yet began: now, or before its first record (MLflow may have come later)."""
+    first = next(iter_journal(run_dir / "metrics.jsonl"), None)
+    return min(time.time(), first[0].time) if first else time.time()
 
 
 def final_metrics(result: Mapping[str, Any]) -> dict[str, float]:

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import math
 import os
 import re
 import sqlite3
 import uuid
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from bootvit.addresses import MASK, public_address, without_secrets
 from bootvit.config import Config
 from bootvit.errors import UserError
 
 SQLITE = "sqlite:///"
 DATABASES = ("postgresql", "mysql", "mssql")  # beside SQLite
 FORMS = "sqlite:///FILE, http://HOST:PORT, https://HOST, postgresql://HOST/NAME or databricks://PROFILE"
+REQUEST_S = "5"  # for a server to answer, unless MLFLOW_HTTP_REQUEST_TIMEOUT is set
 LOCKED_S = 5.0  # for another process to let go of an SQLite file
+UPLOAD_BYTES_PER_S = 1e6  # the slowest upload that is waited for
 CONNECTIONS = 3  # attempts to reach a database server; MLflow's ten take 100 s
 
 
@@ -42,11 +47,24 @@ def tracking_uri(given: str | None) -> str:
         name, uri = "MLFLOW_TRACKING_URI", os.environ["MLFLOW_TRACKING_URI"]
     if uri is None:
         uri = f"{SQLITE}mlflow.db"
+    if MASK in uri:
+        uri = _with_secrets(uri)
     wrong = wrong_form(uri)
     if wrong:
-        raise UserError(f"{name}={public(uri)!r}: {wrong}; give {FORMS}")
+        raise UserError(f"{name}={public_address(uri)!r}: {wrong}; give {FORMS}")
     path = sqlite_path(uri)
     return f"{SQLITE}{path}" if path else uri
+
+
+def _with_secrets(written: str) -> str:
+    """The address of which a run's files hold only this much."""
+    known = os.environ.get("MLFLOW_TRACKING_URI", "")
+    if public_address(known) != written:
+        raise UserError(
+            f"tracking.uri={written!r}: its password is in no file: give the whole address once more, "
+            "as tracking.uri=... or in MLFLOW_TRACKING_URI"
+        )
+    return known
 
 
 def wrong_form(uri: str) -> str | None:
@@ -58,7 +76,7 @@ def wrong_form(uri: str) -> str | None:
         return "a path is no tracking address" if re.match(r"[./~\w-]+$", uri) else "not a tracking address"
     scheme, rest = match[1], match[2]
     if scheme == "sqlite":
-        return None if re.match(r"/[^:]", rest) else "after sqlite: come three slashes and a file"
+        return None if re.match(r"/[^:?][^?]*$", rest) else "after sqlite: come three slashes and a file, without a ?"
     if scheme in ("http", "https"):
         return _wrong_http(uri)
     if scheme.split("+")[0] in DATABASES:
@@ -77,6 +95,8 @@ def _wrong_http(uri: str) -> str | None:
     try:
         parts = urlsplit(uri)
         right = bool(parts.hostname) and parts.port != 0 and not re.search(r"\s", uri)
+        if "@" in parts.path or parts.query or parts.fragment:  # MLflow puts its own path behind it
+            return "it can have no ? or #; write /, ? and # in a password as %2F, %3F and %23"
     except ValueError:  # such as a port that is no number; its message would quote a password
         right = False
     return None if right else "not a host and a port"
@@ -94,18 +114,13 @@ def _wrong_database(uri: str) -> str | None:
     except ModuleNotFoundError as err:
         return f"the database's driver is not installed ({err.name})"
     except ArgumentError as err:  # an address that cannot be read, or a driver that is unknown
-        return public(" ".join(str(err).split()))
+        return without_secrets(" ".join(str(err).split()), uri)
     return None
 
 
 def sqlite_path(uri: str) -> Path | None:
     """The absolute path of an SQLite store's file; None for any other store."""
     return Path(uri.removeprefix(SQLITE)).expanduser().resolve() if uri.startswith(SQLITE) else None
-
-
-def public(uri: str) -> str:
-    """A URI without the password that may be in it, for messages and files."""
-    return re.sub(r":(/+)\S*@", r":\1***@", uri)
 
 
 def is_new_database(uri: str) -> bool:
@@ -150,7 +165,7 @@ def connect(uri: str) -> Any:
     path = sqlite_path(uri)
     for key, value in {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "5",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": REQUEST_S,
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
         "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -191,6 +206,21 @@ def _create_sqlite(path: Path) -> None:
         pass  # another process was first; or no hard links here, and then MLflow creates it in place
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def time_to_upload(size: int) -> Iterator[None]:
+    """Let a server be silent for as long as an upload of so many bytes may take; other requests stay short.
+
+    MLflow reads the variable at every request, and has no other way to say it.
+    """
+    name = "MLFLOW_HTTP_REQUEST_TIMEOUT"
+    short = os.environ.get(name, REQUEST_S)
+    os.environ[name] = str(math.ceil(float(short) + size / UPLOAD_BYTES_PER_S))
+    try:
+        yield
+    finally:
+        os.environ[name] = short
 
 
 def experiment_id(client: Any, uri: str, name: str) -> str:

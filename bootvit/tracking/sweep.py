@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bootvit.addresses import public, public_address, without_secrets
 from bootvit.tracking.link import RunLink, Status
-from bootvit.tracking.store import connect, mlflow_available, public, tracking_uri
+from bootvit.tracking.store import connect, mlflow_available, time_to_upload, tracking_uri
 from bootvit.tracking.tags import param_text, source_version
 from bootvit.tracking.tracked import Point, TrackedRun
 
@@ -34,8 +35,10 @@ class SweepRun(TrackedRun):
         name: str,
         space: Mapping[str, Any],
         file: Path | None,
+        goes_on: bool = True,
     ) -> None:
-        self._file = file
+        """A sweep that has ended and only sends what MLflow has missed does not go on: its end stays what it was."""
+        self._file, self._file_sent = file, False
         tags = {
             "mlflow.runName": name,
             "mlflow.source.name": "bootvit",
@@ -45,40 +48,58 @@ class SweepRun(TrackedRun):
         }
         params = {f"space/{key}": param_text(value) for key, value in space.items()}
         super().__init__(sweep_dir, uri, experiment, tags=tags, params=params)
+        if goes_on:
+            self._update_link(ended=None, ended_at=None, complete=False)
 
     def update(self, document: Mapping[str, Any]) -> bool:
         """Send what `sweep.json` says now: trials, cost, the best of every group; False if the store failed."""
-        return self._attempt(lambda: self._send_state(document))
 
-    def finish(self, status: Status, document: Mapping[str, Any], files: Sequence[Path] = ()) -> bool:
-        """Send the last state and the files, and set the status; False if the store failed."""
+        def send() -> None:
+            self._send_state(document)
+            self._send_tables(document)
+
+        return self._attempt(send)
+
+    def finish(
+        self, status: Status, document: Mapping[str, Any], files: Sequence[Path] = (), at: float | None = None
+    ) -> bool:
+        """Send the last state, set the status and the end (`at`, None: now), upload the files; False if that failed.
+
+        An end that was written down earlier, when the store was down, is the one that counts.
+        """
+        if self._link.ended is None:
+            self._note_end(status, at)
 
         def end() -> None:
             self._send_state(document)
-            self._send_files(files)
             self._terminate(status)
+            self._send_tables(document)
+            for file in files:
+                self._send_file(file, "report")
+            self._close()
 
         return self._attempt(end, now=True)
 
     def _on_connect(self, run: Any) -> None:
-        if self._file:
-            self._send_file(self._file)
-        if run.info.status != "RUNNING":
+        self._file_sent = False
+        if run.info.status != "RUNNING" and self._link.ended is None:
             self._reopen()
 
     def _send_state(self, document: Mapping[str, Any]) -> None:
-        self._send_points(state_points(document, int(time.time() * 1000)))
+        self._send_values(state_points(document, int(time.time() * 1000)))
         best = document["best"].items()
         self._send_tags({f"bootvit.best.{safe_name(group)}": json.dumps(found) for group, found in best})
-        if best:
+
+    def _send_tables(self, document: Mapping[str, Any]) -> None:
+        """The artifacts that a sweep has while it runs: its file, the best of every group, sweep.json."""
+        if self._file and not self._file_sent:
+            self._client.log_text(self.run_id, public(self._file.read_text("utf-8-sig")), self._file.name)
+            self._file_sent = True
+        if document["best"]:
             self._client.log_dict(self.run_id, best_table(document["best"]), BEST)
             self._send_tags({"mlflow.loggedArtifacts": json.dumps([{"path": BEST, "type": "table"}])})
         if (self.folder / "sweep.json").exists():
             self._send_file(self.folder / "sweep.json")
-
-    def _send_files(self, files: Sequence[Path]) -> None:
-        for file in files:
-            self._send_file(file, "report")
 
 
 def state_points(document: Mapping[str, Any], timestamp: int) -> Iterator[Point]:
@@ -116,11 +137,13 @@ def attach_to_sweep(sweep_dir: Path, files: Sequence[Path]) -> None:
     if not path.exists() or not mlflow_available():
         return
     link = RunLink.load(path)
-    uri = tracking_uri(None) if "***" in link.uri or not link.uri else link.uri
+    uri = link.uri
     try:
+        uri = tracking_uri(link.uri or None)  # with what a password has been left out of it
         client = connect(uri)
         for file in files if link.run_id else ():
-            client.log_artifact(link.run_id, str(file), "report")
+            with time_to_upload(file.stat().st_size):
+                client.log_artifact(link.run_id, str(file), "report")
     except Exception as err:  # the report is on disk: MLflow's absence does not spoil it
-        reason = " ".join(str(err).split())[:200]
-        print(f"bootvit: warning: the report is not in MLflow at {public(uri)}: {public(reason)}", file=sys.stderr)
+        reason = without_secrets(" ".join(str(err).split()), uri)[:200]
+        print(f"bootvit: warning: the report is not in MLflow at {public_address(uri)}: {reason}", file=sys.stderr)

@@ -15,6 +15,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from bootvit.addresses import public_address
 from bootvit.config import Config, flatten
 
 PARAM_LIMIT = 6000  # MLflow's; longer values are cut here, without its warning
@@ -49,7 +50,7 @@ def run_tags(
 def data_name(source: str, root: str | None) -> str:
     """What a data set is called in tables: its source, or its folder where the source is a format."""
     generic = source in ("imagefolder", "parquet")
-    return Path(root).name or source if generic and root else source
+    return Path(public_address(root)).name or source if generic and root else source
 
 
 def flat_params(config: BaseModel) -> dict[str, str]:

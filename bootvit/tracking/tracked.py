@@ -10,13 +10,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from bootvit.addresses import public_address, without_secrets
 from bootvit.tracking.link import RunLink, Status
-from bootvit.tracking.store import check_writable, connect, experiment_id, forget_artifacts, public
+from bootvit.tracking.store import check_writable, connect, experiment_id, forget_artifacts, time_to_upload
 from bootvit.tracking.tags import TAG_LIMIT
 
 RUN_KEY = "bootvit.run_key"
 METRICS_PER_CALL = 1000  # MLflow's limits
 PARAMS_PER_CALL = 100
+WRITTEN_ONCE = (".safetensors",)  # large, and the same whenever they are sent
+REASON = "bootvit.reason"
 RETRY_AFTER = 30.0  # seconds without an attempt after a store has failed
 T = TypeVar("T")
 
@@ -40,15 +43,24 @@ class TrackedRun:
     """
 
     def __init__(
-        self, folder: Path, uri: str, experiment: str, *, tags: Mapping[str, str], params: Mapping[str, str]
+        self,
+        folder: Path,
+        uri: str,
+        experiment: str,
+        *,
+        tags: Mapping[str, str],
+        params: Mapping[str, str],
+        started: float | None = None,
     ) -> None:
         self.folder, self.uri, self._experiment = folder, uri, experiment
         self._tags, self._params = dict(tags), dict(params)
         self._link_path = folder / "mlflow.json"
         self._may_be_there = self._link_path.exists()  # a key that was made just now is in no store
-        self._link = RunLink.load(self._link_path)
+        self._link = RunLink.load(self._link_path, started)
         self._client: Any = None
         self._latest: dict[str, int] = {}
+        self._values: dict[str, float] = {}  # the store's newest value of each metric
+        self._has_reason = False  # whether the store says why the run ended
         self._unsent_tags: dict[str, str] = {}
         self._lock = threading.RLock()  # held while MLflow is asked
         self._link_lock = threading.Lock()  # held for a moment
@@ -102,13 +114,22 @@ class TrackedRun:
 
     def _send_points(self, points: Iterable[Point]) -> None:
         """Send the points that are not there yet, in order, so that a cut leaves a prefix behind."""
+        self._send(point for point in points if point.step > self._latest.get(point.key, -1))
+
+    def _send_values(self, points: Iterable[Point]) -> None:
+        """Send values that may change without a step, such as what a run has cost: those that did, as the newest."""
+        at = ((point, self._latest.get(point.key, -1)) for point in points)
+        new = ((point, step) for point, step in at if point.step > step or point.value != self._values.get(point.key))
+        self._send(point._replace(step=max(point.step, step)) for point, step in new)
+
+    def _send(self, points: Iterable[Point]) -> None:
         from mlflow.entities import Metric
 
-        missing = (point for point in points if point.step > self._latest.get(point.key, -1))
-        for batch in _batches(missing, METRICS_PER_CALL):
+        for batch in _batches(points, METRICS_PER_CALL):
             self._client.log_batch(self.run_id, metrics=[Metric(*point) for point in batch])
             for point in batch:
                 self._latest[point.key] = max(point.step, self._latest.get(point.key, -1))
+                self._values[point.key] = point.value
 
     def _send_tags(self, tags: Mapping[str, str]) -> None:
         from mlflow.entities import RunTag
@@ -129,19 +150,38 @@ class TrackedRun:
 
     def _send_file(self, path: Path, folder: str | None = None) -> None:
         """Upload a file; a checkpoint, large and never changed, only if it is not there in that size."""
-        if path.suffix == ".safetensors":
+        size = path.stat().st_size
+        if path.suffix in WRITTEN_ONCE:
             there = {item.path: item.file_size for item in self._client.list_artifacts(self.run_id, folder)}
-            if there.get(f"{folder}/{path.name}") == path.stat().st_size:
+            if there.get(f"{folder}/{path.name}") == size:
                 return
-        self._client.log_artifact(self.run_id, str(path), folder)
+        with time_to_upload(size):
+            self._client.log_artifact(self.run_id, str(path), folder)
+
+    def _note_end(self, status: Status, at: float | None) -> None:
+        """Write down how and when the run ended (`at` in seconds since 1970, None: now), in its folder only."""
+        self._update_link(ended=status, ended_at=time.time() if at is None else at, complete=False)
 
     def _reopen(self) -> None:
+        """A run that had ended goes on."""
         self._client.update_run(self.run_id, status="RUNNING")
-        self._update_link(ended=None, complete=False)
+        self._drop_reason()
+        self._update_link(ended=None, ended_at=None, complete=False)
+
+    def _drop_reason(self) -> None:
+        """What had ended the run earlier no longer holds."""
+        if self._has_reason:
+            self._client.delete_tag(self.run_id, REASON)
+            self._has_reason = False
 
     def _terminate(self, status: Status) -> None:
-        self._client.set_terminated(self.run_id, status)
-        self._update_link(ended=status, complete=True)
+        """Set the run's status and the time of its end; artifacts come after that, and `_close` after them."""
+        at = self._link.ended_at
+        self._client.set_terminated(self.run_id, status, end_time=None if at is None else int(at * 1000))
+
+    def _close(self) -> None:
+        """Note that MLflow has all of a run that has ended."""
+        self._update_link(complete=True)
         forget_artifacts(self.run_id)
 
     # ------------------------------------------------------------------------------------------- connecting
@@ -155,9 +195,14 @@ class TrackedRun:
         self._unsent_tags = dict(self._tags) if run else {}
         if run is None:
             tags = {key: value[:TAG_LIMIT] for key, value in self._tags.items()} | {RUN_KEY: self._link.run_key}
-            run = client.create_run(experiment, run_name=self._tags.get("mlflow.runName"), tags=tags)
-        self._latest = {metric.key: metric.step for metric in run.data.to_proto().metrics}
-        self._update_link(run_id=run.info.run_id, uri=public(self.uri), experiment=self._experiment)
+            name, started = self._tags.get("mlflow.runName"), self._link.started
+            start_time = None if started is None else int(started * 1000)
+            run = client.create_run(experiment, start_time=start_time, run_name=name, tags=tags)
+        self._has_reason = REASON in run.data.tags
+        newest = run.data.to_proto().metrics
+        self._latest = {metric.key: metric.step for metric in newest}
+        self._values = {metric.key: metric.value for metric in newest}
+        self._update_link(run_id=run.info.run_id, uri=public_address(self.uri), experiment=self._experiment)
         self._client = client
         try:
             self._send_params(run.data.params)
@@ -186,9 +231,9 @@ class TrackedRun:
         if self._warned:
             return
         self._warned = True
-        reason = " ".join(str(err).split())[:300] or type(err).__name__
+        reason = without_secrets(" ".join(str(err).split()), self.uri)[:300] or type(err).__name__
         print(
-            f"bootvit: warning: MLflow at {public(self.uri)} failed: {public(reason)}; nothing is lost: "
+            f"bootvit: warning: MLflow at {public_address(self.uri)} failed: {reason}; nothing is lost: "
             f"the rest is in {self.folder}, sent when MLflow answers or by the same command with --resume",
             file=sys.stderr,
             flush=True,

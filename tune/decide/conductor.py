@@ -108,6 +108,8 @@ class Conductor:
     def began(self, name: str) -> None:
         """A trial holds its resources from now on."""
         self._since[name] = self._clock()
+        if self.trials[name].began is None:
+            self._record({"event": "begin", "id": name})
 
     def result(self, name: str, epoch: int, value: float | None, *, done: bool) -> bool:
         """A trial has done so many epochs; whether it must leave its worker now.
@@ -183,7 +185,8 @@ class Conductor:
 
     def _record(self, event: Event) -> None:
         """Write an event, then let it take effect."""
-        self._log.write(event | {"elapsed": round(self.seconds, 3)})
+        event |= {"elapsed": round(self.seconds, 3), "time": round(time.time(), 3)}
+        self._log.write(event)
         self._noted = self._clock()
         self._apply(event)
         trial = self.trials.get(event.get("id", ""))
@@ -226,6 +229,9 @@ class Conductor:
         self._held -= set(event["members"])
 
     def _apply_to(self, trial: Trial, event: Event) -> None:
+        if event["event"] == "begin":
+            trial.began = event["time"]
+            return
         trial.seconds += event.get("seconds", 0.0)
         trial.reason, trial.stopped_by = event.get("reason"), event.get("by")
         kind = event["event"]
@@ -240,6 +246,7 @@ class Conductor:
             self._apply_crash(trial, event["verdict"])
         else:
             self._apply_result(trial, event)
+        trial.ended_at = event.get("time") if trial.status in ENDED else None  # the log of an earlier version has none
 
     def _apply_crash(self, trial: Trial, verdict: str) -> None:
         if verdict == "lost":

@@ -67,6 +67,8 @@ class Trial:
     stopped_by: str | None = None  # scheduler or budget
     epochs: int = 0
     values: dict[int, float] = field(default_factory=dict)  # epochs done -> selection metric
+    began: float | None = None  # seconds since 1970 when it first held its resources, as `ended_at`
+    ended_at: float | None = None
     seconds: float = 0.0  # in which it held its resources, over all attempts
     changes: list[Event] = field(default_factory=list)  # pbt: {"epoch", "donor", "overrides"}
 

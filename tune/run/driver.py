@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from bootvit.addresses import public
 from bootvit.config import Config, override
 from bootvit.errors import UserError
 from bootvit.runs import claim
@@ -171,11 +172,12 @@ class Driver:
         document = read_state(self._sweep.folder)
         if self._recording.is_complete(document):
             return
-        self._recording.follow("trial", self.config)
+        ended = (self._sweep.folder / "sweep.json").stat().st_mtime  # its last word
+        self._recording.follow("trial", self.config, goes_on=False)
         self._recording.settle_old(self._conductor.trials.values())
-        self._make_tests().begin()
+        self._make_tests().begin(goes_on=False)
         files = sorted((self._sweep.folder / "report").glob("*"))
-        self._recording.finish("FAILED" if exit_status(document) else "FINISHED", document, files)
+        self._recording.finish("FAILED" if exit_status(document) else "FINISHED", document, files, ended)
 
     # ------------------------------------------------------------------------------------------- the trials
 
@@ -274,7 +276,7 @@ def tests_spent(sweep: Sweep) -> Spent:
 
 def one_line(err: BaseException) -> str:
     """An error for sweep.json."""
-    lines = str(err).strip().splitlines()
+    lines = public(str(err)).strip().splitlines()
     return lines[-1] if lines else type(err).__name__
 
 

@@ -10,6 +10,7 @@ from ray import cloudpickle
 from ray._private.state import actors, state
 from ray.exceptions import RayActorError, RayTaskError
 
+from bootvit.addresses import public
 from tune.decide.conductor import Cause
 
 CONNECT_S = 2.0  # for a node to answer
@@ -35,7 +36,7 @@ def reason_of(pickled: str | None, *, several_workers: bool) -> tuple[str, Cause
         return ("its node was taken away", "preempted") if leaving else ("its node has died", "node")
     if isinstance(error, RayActorError):
         return "its worker died: killed, or out of memory", "own"
-    lines = str(error).strip().splitlines()
+    lines = public(str(error)).strip().splitlines()
     return f"{type(error).__name__}: {lines[-1] if lines else 'no message'}"[:500], "own"
 
 

@@ -91,7 +91,7 @@ def check_same_sweep(sweep: Sweep) -> None:
     before = read_resolved(sweep)
     was, now = leaves(before), leaves(resolved(sweep))
     for key in sorted({*was, *now}):
-        free = key.startswith(FREE) or key.removeprefix("base.").startswith(FREE_ON_RESUME)
+        free = key.startswith(FREE) or key.removeprefix("base.").removeprefix("sweep.set.").startswith(FREE_ON_RESUME)
         if was.get(key) == now.get(key) or free or grows(sweep, key, was.get(key), now.get(key)):
             continue
         name, then = key.removeprefix("sweep."), was.get(key)

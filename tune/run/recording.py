@@ -40,10 +40,10 @@ class Recording:
 
     # ------------------------------------------------------------------------------------------- the trials
 
-    def follow(self, kind: str, config: MakeConfig) -> None:
+    def follow(self, kind: str, config: MakeConfig, *, goes_on: bool = True) -> None:
         """Send trials of this kind to MLflow from now on; those of another kind are over."""
         self.close()
-        self._parent = self._parent or connect(self._sweep)
+        self._parent = self._parent or connect(self._sweep, goes_on=goes_on)
         if self._parent is not None:
             self._shipper = Shipper(self._parent, self._sweep.file.name, kind, config)
 
@@ -52,23 +52,26 @@ class Recording:
         if self._shipper is not None:
             self._shipper.started(trial)
 
-    def ended(self, trial: Trial) -> None:
-        """Its result is final."""
+    def ended(self, trial: Trial, at: float | None) -> None:
+        """Its result is final, since `at` (seconds since 1970; None: now)."""
         if self._shipper is not None:
-            self._shipper.ended(trial)
+            self._shipper.ended(trial, at)
 
     def settle(self, trial: Trial) -> None:
         """Write down in the run's own folder how the trial ended, and let MLflow know."""
         config = self._config(trial)
-        gpu_seconds = round(trial.seconds * self._sweep.gpus, 3)
         if trial.status == "finished":
-            path = config.run_dir / "result.json"
-            write_json(path, read_result(path) | {"gpu_seconds": gpu_seconds})
+            self.charge(config, trial)
         else:
             claim(config, resume=True, overwrite=False)  # from now on nobody else writes there
             result = unfinished(config, trial, self.recorder.held_out(trial), self._commit)
-            take_lease(config.run_dir).write_result(result | {"gpu_seconds": gpu_seconds})
-        self.ended(trial)
+            take_lease(config.run_dir).write_result(result | {"gpu_seconds": self.recorder.gpu_seconds(trial)})
+        self.ended(trial, trial.ended_at)
+
+    def charge(self, config: Config, trial: Trial) -> None:
+        """Write into a finished run's result what `trial` has cost: the loop does not know its share of a GPU."""
+        path = config.run_dir / "result.json"
+        write_json(path, read_result(path) | {"gpu_seconds": self.recorder.gpu_seconds(trial)})
 
     def settle_old(self, trials: Iterable[Trial]) -> None:
         """What a killed driver had logged, but not yet written or shipped."""
@@ -107,11 +110,13 @@ class Recording:
             if not shipper.close():
                 self._parent = None  # its thread may still wait for MLflow; `--resume` ships the rest
 
-    def finish(self, status: ParentStatus, document: Mapping[str, Any], files: Sequence[Path]) -> None:
-        """The end, in MLflow too."""
+    def finish(
+        self, status: ParentStatus, document: Mapping[str, Any], files: Sequence[Path], at: float | None = None
+    ) -> None:
+        """The end, in MLflow too; it was at `at` (seconds since 1970; None: now)."""
         self.close()
         if (parent := self._parent) is not None:
-            within(lambda: parent.finish(status, document, files), PATIENCE_S, parent.folder)
+            within(lambda: parent.finish(status, document, files, at), PATIENCE_S, parent.folder)
 
     def is_complete(self, document: Mapping[str, Any]) -> bool:
         """Whether MLflow has all of a finished sweep."""
@@ -128,7 +133,7 @@ class Recording:
         return write_sweep_report(self._sweep.folder, self._sweep.folder / "report")
 
 
-def connect(sweep: Sweep) -> SweepRun | None:
+def connect(sweep: Sweep, *, goes_on: bool) -> SweepRun | None:
     """The parent run in MLflow; None where tracking is off or MLflow is not installed, which is said."""
     tracking = sweep.base.tracking
     if not tracking.enabled:
@@ -139,7 +144,8 @@ def connect(sweep: Sweep) -> SweepRun | None:
     dumped = sweep.file.model_dump(mode="json", exclude_defaults=True)["space"]
     space = {key: domains[0] if len(domains) == 1 else domains for key, domains in dumped.items()}
     uri = tracking_uri(tracking.uri)
-    return SweepRun(sweep.folder, uri, tracking.experiment, name=sweep.file.name, space=space, file=sweep.path)
+    name, experiment = sweep.file.name, tracking.experiment
+    return SweepRun(sweep.folder, uri, experiment, name=name, space=space, file=sweep.path, goes_on=goes_on)
 
 
 def unfinished(config: Config, trial: Trial, held_out: Accuracy | None, commit: str | None) -> Result:

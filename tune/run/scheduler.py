@@ -79,7 +79,8 @@ class SweepScheduler(Unsaved, FIFOScheduler):  # type: ignore[misc]
     def began(self, trial: TuneTrial) -> None:
         """A trial has its actor."""
         self._heard[trial.trial_id] = time.monotonic()
-        self._work.conductor.began(trial.trial_id)
+        with self._errors.noted():
+            self._work.conductor.began(trial.trial_id)
 
     def agree(self) -> None:
         """Bring Tune's trials to what the conductor says of them, and look for what happens without an event."""

@@ -40,15 +40,13 @@ class Tests:
             on_end=self._ended,
         )
 
-    def begin(self) -> None:
+    def begin(self, *, goes_on: bool = True) -> None:
         """Send them to MLflow; what an earlier driver has tested is taken from its runs, what failed is tried again."""
         kind = "trial" if self._sweep.file.test == "trial" else "retrained winner"
-        self._recording.follow(kind, self.config)
+        self._recording.follow(kind, self.config, goes_on=goes_on)
         self.conductor.reopen(failed=True)
         for trial in self.conductor.trials.values():
-            self._note(trial)
-            if trial.status == "finished":
-                self._recording.ended(trial)  # a killed driver may not have come to that; twice does no harm
+            self._finished(trial)  # a killed driver may not have come to that; twice does no harm
 
     @property
     def left(self) -> bool:
@@ -67,10 +65,16 @@ class Tests:
         return Job(self.config(trial).model_dump(mode="json"), "", "last", self._sweep.cpus, heard)
 
     def _ended(self, trial: Trial) -> None:
-        self._note(trial)
+        self._finished(trial)
         self.on_end()
+
+    def _finished(self, trial: Trial) -> None:
+        """A test in its winner's own run adds to that run's result, and nothing to its time or cost."""
+        self._note(trial)
         if trial.status == "finished":
-            self._recording.ended(trial)
+            of = self._trials[trial.spec.id] if self._sweep.file.test == "trial" else trial
+            self._recording.charge(self.config(trial), of)
+            self._recording.ended(trial, of.ended_at)
 
     def _note(self, trial: Trial) -> None:
         if trial.status == "failed":

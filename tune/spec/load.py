@@ -14,10 +14,12 @@ from bootvit.config import (
     leaves,
     merge,
     nest,
+    origin_of,
     parse_override,
     read_layers,
     suggest,
     validate,
+    whole,
     with_overrides,
 )
 from bootvit.errors import UserError
@@ -51,7 +53,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
         if is_own(text):
             key, value = parse_own(text)
             data = merge(data, nest(key, value))
-            origins[key] = f"override {text!r}"
+            origins[key] = origin_of(text)
         else:
             for_base.append(text)
     if isinstance(data.get("space"), dict):
@@ -63,7 +65,7 @@ def load_sweep(name: str, overrides: Sequence[str] = ()) -> Sweep:
     for text in for_base:
         key, _ = parse_override(text)
         if key in file.space:
-            raise UserError(f"override {text!r}: the sweep searches {key}; change space.{key} instead")
+            raise UserError(f"{origin_of(text)}: the sweep searches {key}; change space.{key} instead")
     for key in file.set:
         if key in file.space:
             raise UserError(f"{path}: set.{key}: the sweep searches this key; remove it from one of the two")
@@ -87,8 +89,7 @@ def parse_own(text: str) -> tuple[str, Any]:
 
 def _base_config(path: Path, file: SweepFile, overrides: Sequence[str]) -> Config:
     """The base with `set` and the command line's keys; without a held-out part a sweep could select nothing."""
-    base = load_config(file.base)
-    data = base.model_dump(mode="json")
+    data = whole(load_config(file.base))
     for key, value in file.set.items():
         data = merge(data, nest(key, value))
     data, origins = with_overrides(data, overrides)

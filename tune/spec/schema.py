@@ -9,8 +9,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
+from bootvit.addresses import public_address
 from bootvit.config import Config, Positive, Section
 from tune.spec.domain import Domain
 
@@ -122,6 +123,10 @@ class SweepFile(Section):
         "lines", description="on the terminal: a line a trial, or Tune's table too"
     )
     test: Literal["trial", "retrain"] = Field("trial", description="how the winners meet the test set, once")
+
+    @field_serializer("set")
+    def _without_secrets(self, values: dict[str, Any]) -> dict[str, Any]:
+        return {key: public_address(value) if isinstance(value, str) else value for key, value in values.items()}
 
     @field_validator("scheduler", mode="before")
     @classmethod

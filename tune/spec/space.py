@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from bootvit.config import Config, merge, nest, validate
+from bootvit.config import Config, merge, nest, validate, whole
 from bootvit.errors import UserError
 from bootvit.models.zoo import check_models
 from tune.spec.domain import Domain
@@ -186,7 +186,7 @@ def group_name(sweep: Sweep, config: Config) -> str:
 
 def trial_config(sweep: Sweep, setting: Setting, seed: int, name: str = "trial") -> Config:
     """The whole config of a trial, checked; a value that does not fit is a `UserError` that names it."""
-    data = sweep.base.model_dump(mode="json")
+    data = whole(sweep.base)
     origins = dict.fromkeys(setting, f"{sweep.path}: space")
     for key, value in setting.items():
         data = merge(data, nest(key, value))

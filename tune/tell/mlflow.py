@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from bootvit.config import Config
 from bootvit.files import write_json
 from bootvit.result import read_result
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
-from bootvit.tracking.follow import CREATION_S, wait_for
+from bootvit.tracking.follow import CREATION_S, UPLOAD_BYTES_PER_S, wait_for
 from bootvit.tracking.link import RunLink
 from bootvit.tracking.store import is_new_database
 from tune.decide.log import Trial
@@ -29,29 +29,38 @@ ENDS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
 MakeConfig = Callable[[Trial], Config]
 
 
+class Heard(NamedTuple):
+    """A trial has begun, or it is over."""
+
+    trial: Trial
+    over: bool
+    at: float | None = None  # when it ended, seconds since 1970
+
+
 class Shipper:
     """A thread that follows the running trials' journals and finishes those that have ended."""
 
     def __init__(self, parent: SweepRun, sweep_name: str, kind: str, make_config: MakeConfig) -> None:
         self._parent, self._sweep_name, self._kind, self._make_config = parent, sweep_name, kind, make_config
         self._running: dict[str, MlflowRun | None] = {}
-        self._trials: queue.SimpleQueue[tuple[bool, Trial]] = queue.SimpleQueue()  # (has it ended, trial)
+        self._trials: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._document: Mapping[str, Any] | None = None
         self._stop = threading.Event()
         self._error: BaseException | None = None
         self._resume_at = 0.0  # after a pause
         self._answered = 0.0  # when MLflow has last taken something
+        self._upload_s = 0.0  # more patience, while a trial's weights are sent
         self._patience = PATIENCE + (CREATION_S if is_new_database(parent.uri) else 0.0)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
     def started(self, trial: Trial) -> None:
         """Follow a trial from now on."""
-        self._trials.put((False, trial))
+        self._trials.put(Heard(trial, over=False))
 
-    def ended(self, trial: Trial) -> None:
-        """Ship the rest of a trial and its end."""
-        self._trials.put((True, trial))
+    def ended(self, trial: Trial, at: float | None) -> None:
+        """Ship the rest of a trial and its end, in seconds since 1970."""
+        self._trials.put(Heard(trial, True, at))
 
     def update(self, document: Mapping[str, Any]) -> None:
         """The newest sweep.json, its trials left out, for the parent run."""
@@ -64,7 +73,7 @@ class Shipper:
         """
         self._stop.set()
         self._answered = time.monotonic()
-        while self._thread.is_alive() and time.monotonic() - self._answered < self._patience:
+        while self._thread.is_alive() and time.monotonic() - self._answered < self._patience + self._upload_s:
             self._thread.join(1)
         ended = wait_for(self._thread, 0, self._parent.folder)
         if self._error is not None:
@@ -96,10 +105,10 @@ class Shipper:
             return False
         self._answered = time.monotonic()
         while not self._trials.empty():
-            over, trial = self._trials.get()
+            trial, over, at = self._trials.get()
             if over:
                 followed.pop(trial.spec.id, None)
-                if not self._finish(trial):
+                if not self._finish(trial, at):
                     return False
             else:
                 followed[trial.spec.id] = trial
@@ -108,24 +117,23 @@ class Shipper:
     def _sync(self, trial: Trial) -> bool:
         config = self._make_config(trial)
         run = self._running.get(trial.spec.id)
-        if run is None and (config.run_dir / "config.yaml").exists():
+        if run is None and trial.began is not None and (config.run_dir / "config.yaml").exists():
             run = self._running[trial.spec.id] = self._child(trial, config)
         return run is None or self._took(run.sync())
 
-    def _finish(self, trial: Trial) -> bool:
+    def _finish(self, trial: Trial, at: float | None) -> bool:
         config = self._make_config(trial)
         run = self._running.pop(trial.spec.id, None) or self._child(trial, config)
         run.connect()
-        if trial.reason:
-            run.set_tags({"bootvit.reason": trial.reason})
         path = config.run_dir / "result.json"
         result = read_result(path) | {"mlflow_run_id": run.run_id}
         write_json(path, result)
-        return self._took(run.finish(ENDS[trial.status], result))
+        self._upload_s = run.upload_size() / UPLOAD_BYTES_PER_S
+        return self._took(run.finish(ENDS[trial.status], result, at))
 
     def _took(self, answered: bool) -> bool:
         if answered:
-            self._answered = time.monotonic()
+            self._answered, self._upload_s = time.monotonic(), 0.0
         return answered
 
     def _child(self, trial: Trial, config: Config) -> MlflowRun:
@@ -136,7 +144,8 @@ class Shipper:
             "bootvit.sweep": self._sweep_name,
             "bootvit.group": trial.spec.group,
         }
-        return MlflowRun(config, config.run_dir, tags=tags, parent=self._parent.run_id)
+        parent = self._parent.run_id
+        return MlflowRun(config, config.run_dir, tags=tags, parent=parent, started=trial.began)
 
 
 def is_shipped(run_dir: Path) -> bool:

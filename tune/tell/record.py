@@ -79,6 +79,10 @@ class Recorder:
         }
         return row | ({"changes": trial.changes} if trial.changes else {})
 
+    def gpu_seconds(self, trial: Trial) -> float:
+        """The GPU time that a trial has held, as its row says."""
+        return self._shares(trial.seconds)["gpu_seconds"]
+
     def held_out(self, trial: Trial) -> Any:
         """{"vit": {"top1", "top5"}, ...} after the trial's last epoch; None where it was not evaluated."""
         if trial.status not in ENDED:

@@ -1,0 +1,71 @@
+"""Addresses may hold a user, a password or a token: nothing that is shown or written down holds it too."""
+
+from __future__ import annotations
+
+import re
+from urllib.parse import unquote
+
+MASK = "***"
+SECRETS = {"secrets": True}  # the context of a `model_dump` that keeps them: for use, never for writing
+HARMLESS = (  # parameters of an address that are no secret; any other one's value is masked
+    *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
+    *("charset", "sslmode", "driver"),
+)
+USER = re.compile(r"(?<!sqlite)(?<!file):(/+)\S*@")  # greedy: a password may itself hold @, / or #
+SPACED = re.compile(r"(?<!sqlite)(?<!file)://((?!: |; )[^'\"\n])*@")  # and blanks, within a sentence
+NO_SCHEME = re.compile(r"(?<![^\s'\"=(])[^\s'\"=:/(@]+:(?!/)\S*@")  # user:password@host
+QUERY = re.compile(r"(://[^\s'\"?]*\?)([^\s'\"]+?)(?=[:;,.)]*(?:[\s'\"]|$))")
+ADDRESS = re.compile(r"(?!sqlite:|file:)[A-Za-z][\w+.-]*:/+")
+PARAMETER = re.compile(r"([^&;=]+)(=?)([^&;]*)")
+
+
+def public(text: str) -> str:
+    """A text, such as a message, without users, passwords and tokens of the addresses in it."""
+    text = USER.sub(rf":\1{MASK}@", text)
+    text = SPACED.sub(f"://{MASK}@", text)
+    text = NO_SCHEME.sub(f"{MASK}@", text)
+    return QUERY.sub(lambda match: match[1] + _masked(match[2]), text)
+
+
+def public_address(address: str) -> str:
+    """The same for one address, whatever characters it holds; a path, or SQLite's file, stays as it is."""
+    scheme = ADDRESS.match(address)
+    if scheme is None:
+        return address
+    rest = address[scheme.end() :]
+    user, at, host = rest.rpartition("@")
+    path, mark, query = host.partition("?")
+    shown = MASK if user else ""
+    return f"{scheme[0]}{shown}{at}{path}{mark}{_masked(query)}"
+
+
+def has_secret(address: str) -> bool:
+    """Whether an address holds what is not to be shown."""
+    return public_address(address) != address
+
+
+def without_secrets(text: str, address: str) -> str:
+    """`public`, and without the address's own secrets where they stand alone: errors repeat parts of an address."""
+    for secret in sorted(_secrets(address), key=len, reverse=True):
+        text = text.replace(secret, MASK)
+    return public(text)
+
+
+def _secrets(address: str) -> set[str]:
+    scheme = ADDRESS.match(address)
+    if scheme is None:
+        return set()
+    userinfo, _, host = address[scheme.end() :].rpartition("@")
+    user, colon, password = userinfo.partition(":")
+    query = [match for match in PARAMETER.finditer(host.partition("?")[2]) if match[1] not in HARMLESS]
+    found = {userinfo, password if colon else user, *(match[3] if match[2] else match[1] for match in query)}
+    return {form for secret in found for form in (secret, unquote(secret))} - {"", MASK}
+
+
+def _masked(query: str) -> str:
+    """The parameters of an address, their values masked but for those that are harmless."""
+
+    def mask(match: re.Match[str]) -> str:
+        return match[0] if match[2] and match[1] in HARMLESS else f"{match[1]}={MASK}" if match[2] else MASK
+
+    return PARAMETER.sub(mask, query)
