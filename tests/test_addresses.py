@@ -14,8 +14,9 @@ from helpers import TINY, write
 
 from bootvit.__main__ import main
 from bootvit.addresses import has_secret, public, public_address, without_secrets
-from bootvit.config import Config, dump_config, flatten, load_config, make_config, override, whole
+from bootvit.config import Config, dump_config, flatten, override, whole
 from bootvit.errors import UserError
+from bootvit.load import load_config, make_config
 from bootvit.ray_connection import check_address
 from bootvit.tracking import MlflowRun, store, tracking_uri
 from bootvit.tracking.link import RunLink

@@ -123,7 +123,7 @@ def test_what_is_in_mlflow_is_a_run_without_moments(
     damaged = weights.read_bytes()[:-9]
     weights.write_bytes(damaged)
     assert main(["eval", str(folder), "--local"]) == 2
-    assert "weights-step-00000012.safetensors not a checkpoint of bootvit" in capsys.readouterr().err
+    assert "weights-step-00000012.safetensors: not a checkpoint of bootvit" in capsys.readouterr().err
 
 
 def test_with_moments_what_is_in_mlflow_can_be_resumed(trained: Config, store: Path) -> None:

@@ -11,9 +11,10 @@ import torch.distributed as dist
 from helpers import ONE, TINY, write
 
 from bootvit.__main__ import main
-from bootvit.config import dump_config, make_config
+from bootvit.config import dump_config
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import World
+from bootvit.load import make_config
 from bootvit.runs import RunFolder
 from bootvit.worker_log import read_logs, worker_log
 

@@ -14,8 +14,9 @@ from pathlib import Path
 import pytest
 from helpers import TINY, tiny, write
 
-from bootvit.config import dump_config, make_config
+from bootvit.config import dump_config
 from bootvit.errors import UserError
+from bootvit.load import make_config
 from cluster.local import LocalCluster, has_namespaces
 from cluster.probe import Place, answerer, compare, marked, places_of, reads
 
