@@ -561,7 +561,7 @@ def test_the_end_does_not_wait_for_files_which_the_next_sync_uploads(
     assert json.loads(link.read_text())["complete"] is True
     assert times(store)[1] == 1_800_000_000_000
     files = [item.path for item in connect(store.uri).list_artifacts(found.info.run_id, "checkpoints")]
-    assert files == ["checkpoints/weights-epoch-0001.safetensors"]
+    assert files == ["checkpoints/weights-step-00000001.safetensors"]
 
 
 def test_a_large_upload_is_given_its_time_and_other_requests_are_not(

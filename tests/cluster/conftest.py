@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ray_head import REPOSITORY, Head, end, free_ports, wait_for_answer
@@ -38,3 +39,19 @@ def head() -> Iterator[Head]:
     finally:
         end(process, folder)
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """The table of faults that runs have survived."""
+    rows = [
+        value
+        for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
+        for key, value in report.user_properties
+        if key == "fault" and report.when == "call"
+    ]
+    if rows:
+        terminalreporter.section("what a run survived")
+        heading = ("fault", "steps repeated", "seconds lost", "starts", "largest difference of final weights")
+        terminalreporter.write_line("{:36} {:>14} {:>12} {:>6}  {}".format(*heading))
+        for fault, repeated, seconds, starts, difference in rows:
+            terminalreporter.write_line(f"{fault:36} {repeated:14d} {seconds:12.0f} {starts:6d}  {difference:g}")
