@@ -18,6 +18,8 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at, pack, and list subsets of a data set.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+track_app = typer.Typer(help="What MLflow has of a run.", no_args_is_help=True)
+app.add_typer(track_app, name="track")
 
 ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped one such as digits/joint")]
 Overrides = Annotated[
@@ -160,6 +162,17 @@ def report(
     from bootvit.report.command import command
 
     command(folders or [], experiment=experiment, sweep=sweep, out=out, as_json=as_json)
+
+
+@track_app.command("sync")
+def track_sync(run: RunName, overrides: Overrides = None) -> None:
+    """Send MLflow what it has not got of a run, such as when its server was down; only tracking.* may be changed."""
+    from bootvit.load import change_config
+    from bootvit.runs import open_run
+    from bootvit.tracking.sync import sync_run
+
+    config, folder = open_run(run)
+    typer.echo(sync_run(change_config(config, overrides or [], ("tracking.",)), folder))
 
 
 @data_app.command("info")

@@ -1,0 +1,44 @@
+"""`bootvit track sync`: what a tracking server that was down has not got of a run, sent from its folder."""
+
+from __future__ import annotations
+
+from bootvit.addresses import public_address
+from bootvit.config import Config
+from bootvit.errors import RunFailed, UserError
+from bootvit.heartbeat import check_nobody_writes
+from bootvit.result import read_result
+from bootvit.runs import RunFolder, known_data
+from bootvit.tracking.link import RunLink
+from bootvit.tracking.run import MlflowRun
+from bootvit.tracking.store import check_tracking, mlflow_available, tracking_uri
+from bootvit.tracking.tags import run_tags
+
+
+def sync_run(config: Config, folder: RunFolder) -> str:
+    """Send what is missing, once, and return the line that says where it is.
+
+    Raises `UserError` for a run that somebody trains now, whose driver sends it, and `RunFailed` where MLflow does not
+    take it.
+    """
+    if not mlflow_available():
+        raise UserError("MLflow is not installed: pip install 'bootvit[mlflow]'")
+    tracked = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": True})})
+    check_tracking(tracked)
+    check_nobody_writes(folder.path)
+    run = MlflowRun(tracked, folder.path, tags=tags_of(tracked, folder))
+    uri = tracking_uri(config.tracking.uri)
+    if not run.sync(now=True):
+        raise RunFailed(f"{folder.path}: MLflow at {public_address(uri)} has not taken all of it")
+    return f"MLflow run {run.run_id} at {public_address(uri)} has all of {folder.path}"
+
+
+def tags_of(config: Config, folder: RunFolder) -> dict[str, str]:
+    """Those of a run that MLflow has never heard of; the others have theirs."""
+    path = folder.path / "mlflow.json"
+    if path.exists() and RunLink.load(path).run_id is not None:
+        return {}
+    if folder.result.exists():
+        result = read_result(folder.result)
+        return run_tags(config, data_fingerprint=result["data_fingerprint"], subset_digest=result["subset_digest"])
+    facts = known_data(folder.path)
+    return run_tags(config, data_fingerprint=facts.fingerprint if facts else None)
