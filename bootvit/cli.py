@@ -31,6 +31,7 @@ Overrides = Annotated[
 ]
 RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name below ./runs")]
 Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
+Best = Annotated[bool, typer.Option("--best", help="the checkpoint that checkpoint.best has kept, not the newest")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 
@@ -80,7 +81,9 @@ def sweep(
 
 
 @app.command("eval")
-def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as_json: Json = False) -> None:
+def evaluate(
+    run: RunName, overrides: Overrides = None, local: Local = False, best: Best = False, as_json: Json = False
+) -> None:
     """Evaluate a run's newest checkpoint: exact counts, whatever the batch and the number of workers."""
     from bootvit.evaluate import EVAL_KEYS
     from bootvit.evaluate import evaluate as score
@@ -88,7 +91,7 @@ def evaluate(run: RunName, overrides: Overrides = None, local: Local = False, as
     from bootvit.runs import open_run
 
     config, folder = open_run(run)
-    found = score(change_config(config, overrides or [], EVAL_KEYS), folder.path, local=local)
+    found = score(change_config(config, overrides or [], EVAL_KEYS), folder.path, local=local, best=best)
     for where, reason in found.skipped.items():
         typer.echo(f"bootvit: left out: {where}: {reason}", err=True)
     if as_json:
@@ -104,6 +107,7 @@ def predict(
     run: RunName,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files, and folders of them")],
     top: Annotated[int, typer.Option(min=1, help="classes an image")] = 5,
+    best: Best = False,
     as_json: Json = False,
 ) -> int:
     """Class names and probabilities of images; status 1 if one of them could not be read."""
@@ -113,7 +117,7 @@ def predict(
     config, folder = open_run(run)
     rows = []
     failed = False
-    for row in guess(config, folder.path, images, top):
+    for row in guess(config, folder.path, images, top, best=best):
         if as_json:
             rows.append(row)
         if "error" in row:
@@ -272,13 +276,14 @@ def export(
     form: Annotated[str, typer.Option("--format", metavar="timm|onnx|torchscript", help="timm writes a folder")],
     network: Annotated[Optional[str], typer.Option(metavar="vit|agent", help="default: the run's first")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="file, or folder for timm; default: RUN/export/")] = None,  # noqa: UP045
+    best: Best = False,
 ) -> None:
     """Write a run's weights in a format that others load."""
     from bootvit.export import export as write
     from bootvit.runs import open_run
 
     config, folder = open_run(run)
-    typer.echo(write(config, folder.path, form, network=network, out=out))
+    typer.echo(write(config, folder.path, form, network=network, out=out, best=best))
 
 
 @app.command()

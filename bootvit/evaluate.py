@@ -1,10 +1,11 @@
-"""Evaluation with a run's newest checkpoint."""
+"""Evaluation with a run's newest checkpoint, or its best."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bootvit import checkpoint
 from bootvit.config import Config, validate, whole
 from bootvit.data import DataFacts, DataSplits, open_splits
 from bootvit.data.batches import EvalBatches
@@ -28,28 +29,36 @@ class Evaluation(NamedTuple):
     skipped: dict[str, str]  # broken images left out (data.on_error=skip): {image: reason}
 
 
-def newest_checkpoint(run_dir: Path) -> dict[str, Any]:
-    """The content of a run's newest verified checkpoint, or of the weights that MLflow has kept of one."""
+def read_checkpoint(run_dir: Path, *, best: bool = False) -> dict[str, Any]:
+    """The content of a run's newest verified checkpoint, or of the weights that MLflow has kept of one.
+
+    `best` is the one that `checkpoint.best` has kept. Raises `UserError` where there is none.
+    """
+    if best:
+        saved = checkpoint.best_of(run_dir / "checkpoints")
+        if saved is None:
+            raise UserError(f"{run_dir}: --best: no checkpoint was kept as the best: train with checkpoint.best=true")
+        return checkpoint.load(saved)
     state = newest_state(run_dir)
     if state is None:
         raise UserError(f"{run_dir}: no usable checkpoint in it")
     return state
 
 
-def evaluate(config: Config, run_dir: Path, *, local: bool) -> Evaluation:
+def evaluate(config: Config, run_dir: Path, *, local: bool, best: bool = False) -> Evaluation:
     """Exact counts of every network of the run on its test set (its held-out part where there is none).
 
     Images are prepared as the run says; on another data set classes are matched by their names.
     """
-    open_for(config, DataFacts.from_dict(newest_checkpoint(run_dir)["data"]))
+    open_for(config, DataFacts.from_dict(read_checkpoint(run_dir, best=best)["data"]))
     if local:
-        return evaluate_here(config, run_dir, World(0, 1, pick_device(config.ray.use_gpu)))
+        return evaluate_here(config, run_dir, World(0, 1, pick_device(config.ray.use_gpu)), best=best)
     start_ray(config)
     from cluster.probe import check_nodes, reads
 
     data = [] if config.data.root is None else [reads(f"data.root={config.data.root}", Path(config.data.root))]
     check_nodes([reads(str(run_dir), run_dir / "config.yaml"), *data])
-    job = {"config": whole(config), "run_dir": str(run_dir)}
+    job = {"config": whole(config), "run_dir": str(run_dir), "best": best}
     return Evaluation(*on_workers(config, eval_worker, job))
 
 
@@ -63,9 +72,9 @@ def open_for(config: Config, facts: DataFacts) -> DataSplits:
     return splits
 
 
-def evaluate_here(config: Config, run_dir: Path, world: World) -> Evaluation:
+def evaluate_here(config: Config, run_dir: Path, world: World, *, best: bool = False) -> Evaluation:
     """This worker's part; every rank returns the counts over all."""
-    state = newest_checkpoint(run_dir)
+    state = read_checkpoint(run_dir, best=best)
     facts = DataFacts.from_dict(state["data"])
     splits = open_for(config, facts)
     learner = Learner(config, len(facts.classes), world)
@@ -91,4 +100,4 @@ def document(counts: Counts) -> dict[str, float | int]:
 def eval_worker(job: dict[str, Any]) -> tuple[Any, ...]:
     """One worker of Ray Train."""
     config = validate(Config, job["config"], "job")
-    return tuple(evaluate_here(config, Path(job["run_dir"]), ray_world(config)))
+    return tuple(evaluate_here(config, Path(job["run_dir"]), ray_world(config), best=job["best"]))

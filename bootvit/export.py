@@ -25,7 +25,7 @@ from bootvit.config import Config, Network
 from bootvit.data.facts import DataFacts, Preparation
 from bootvit.data.resize import centre_crop, covered, enlarge, normalise
 from bootvit.errors import RunFailed, UserError
-from bootvit.evaluate import newest_checkpoint
+from bootvit.evaluate import read_checkpoint
 from bootvit.files import write_atomic, write_json
 from bootvit.learner import Networks
 from bootvit.models import Features
@@ -88,8 +88,16 @@ class Facts(NamedTuple):
         }
 
 
-def export(config: Config, run_dir: Path, form: str, *, network: str | None = None, out: Path | None = None) -> Path:
-    """Write one network of the run's newest checkpoint; returns the file (timm: the folder) that was written.
+def export(
+    config: Config,
+    run_dir: Path,
+    form: str,
+    *,
+    network: str | None = None,
+    out: Path | None = None,
+    best: bool = False,
+) -> Path:
+    """Write one network of the run's newest checkpoint, or its best; returns the file (timm: the folder) written.
 
     Beside an ONNX or TorchScript file lies a JSON file with what the file itself holds too: class names and how an
     image is prepared. Nothing is at the target unless all of it is there and was checked.
@@ -101,7 +109,7 @@ def export(config: Config, run_dir: Path, form: str, *, network: str | None = No
         raise UserError(f"--network {network}: this run (method={config.method}) has only {', '.join(config.networks)}")
     target = out or run_dir / "export" / f"{config.name}-{net}{ENDINGS[form]}"
     check_target(target, form, given=out is not None)
-    state = newest_checkpoint(run_dir)
+    state = read_checkpoint(run_dir, best=best)
     facts = Facts(net, DataFacts.from_dict(state["data"]))
     networks = Networks(config, len(facts.data.classes))
     networks.load_state_dict(state["learner"]["networks"])

@@ -16,20 +16,22 @@ from bootvit.data import DataFacts, EvalBatches, ImageTable, Subset
 from bootvit.data.listing import Passed, images_below
 from bootvit.data.table import FileImages, printable
 from bootvit.errors import RunFailed, UserError
-from bootvit.evaluate import newest_checkpoint
+from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner, World
 from bootvit.train import pick_device
 
 Row = dict[str, Any]
 
 
-def predict(config: Config, run_dir: Path, images: Sequence[Path], top: int = 5) -> Iterator[Row]:
+def predict(
+    config: Config, run_dir: Path, images: Sequence[Path], top: int = 5, *, best: bool = False
+) -> Iterator[Row]:
     """The most probable classes of image files and of all images below folders, a batch in memory at a time.
 
     Yields for every image in order one row a network, {"image", "network", "classes": {name: probability}}, or
     {"image", "error"} for one that cannot be read. Raises `UserError` for a path that is not there.
     """
-    state = newest_checkpoint(run_dir)
+    state = read_checkpoint(run_dir, best=best)
     facts = DataFacts.from_dict(state["data"])
     paths = [path for given in images for path in files_of(given)]
     world = World(0, 1, pick_device(config.ray.use_gpu))

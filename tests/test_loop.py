@@ -14,6 +14,7 @@ from bootvit import checkpoint
 from bootvit.asks import Ask, Asked
 from bootvit.config import Config
 from bootvit.errors import RunFailed, UserError
+from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner, Networks
 from bootvit.loop import EpochReport, fit
 from bootvit.runs import claim
@@ -208,6 +209,15 @@ def test_the_best_checkpoint_is_kept(tmp_path: Path) -> None:
     assert best.step == max(curve, key=lambda step: (curve[step], -step))
     kept = [saved.step for saved in checkpoint.described(tmp_path / "tiny" / "checkpoints")]
     assert kept == sorted({best.step, max(curve)})
+    taken = read_checkpoint(tmp_path / "tiny", best=True)
+    assert taken["progress"]["step"] == best.step < max(curve)
+    assert read_checkpoint(tmp_path / "tiny")["progress"]["step"] == max(curve)
+
+
+def test_the_best_of_a_run_that_kept_none_is_one_line(tmp_path: Path) -> None:
+    run(tiny(ray__storage_path=str(tmp_path), schedule__epochs=1))
+    with pytest.raises(UserError, match=r"--best: no checkpoint was kept as the best: train with checkpoint.best=true"):
+        read_checkpoint(tmp_path / "tiny", best=True)
 
 
 def test_the_journal_tells_the_run(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from bootvit.__main__ import main
 from bootvit.config import Config, merge
 from bootvit.data import DataFacts, EvalBatches, open_splits
 from bootvit.errors import UserError
-from bootvit.evaluate import newest_checkpoint
+from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner
 from bootvit.load import make_config
 from bootvit.predict import of_files, predict
@@ -75,7 +75,7 @@ def sizes(number: int) -> tuple[int, int]:
 )
 def test_the_pixels_are_those_of_the_evaluation(trained: MakeRun, size: Any, data: dict[str, Any], kind: str) -> None:
     config, run_dir = trained(size, **data)
-    facts = DataFacts.from_dict(newest_checkpoint(run_dir)["data"])
+    facts = DataFacts.from_dict(read_checkpoint(run_dir)["data"])
     assert facts.preparation.kind == kind
     test = open_splits(config.data).test
     assert test is not None
@@ -103,7 +103,7 @@ def test_the_probabilities_are_those_of_the_evaluations_pixels(trained: MakeRun,
     test = open_splits(config.data).test
     assert test is not None
     learner = Learner(config, 2, ONE)
-    learner.networks.load_state_dict(newest_checkpoint(run_dir)["learner"]["networks"])
+    learner.networks.load_state_dict(read_checkpoint(run_dir)["learner"]["networks"])
     learner.networks.eval()
     (batch,) = EvalBatches(test, config, rank=0, world=1, device="cpu")
     with torch.no_grad():
