@@ -14,7 +14,7 @@ HARMLESS = (  # parameters of an address that are no secret; any other one's val
 USER = re.compile(r"(?<!sqlite)(?<!file):(/+)\S*@")  # greedy: a password may itself hold @, / or #
 SPACED = re.compile(r"(?<!sqlite)(?<!file)://((?!: |; )[^'\"\n])*@")  # and blanks, within a sentence
 NO_SCHEME = re.compile(r"(?<![^\s'\"=(])[^\s'\"=:/(@]+:(?!/)\S*@")  # user:password@host
-QUERY = re.compile(r"(://[^\s'\"?]*\?)([^\s'\"]+?)(?=[:;,.)]*(?:[\s'\"]|$))")
+QUERY = re.compile(r"(?<!sqlite)(?<!file)(://[^\s'\"?]*\?)([^\s'\"]+?)(?=[:;,.)]*(?:[\s'\"]|$))")
 ADDRESS = re.compile(r"(?!sqlite:|file:)[A-Za-z][\w+.-]*:/+")
 PARAMETER = re.compile(r"([^&;=]+)(=?)([^&;]*)")
 

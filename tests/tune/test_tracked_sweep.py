@@ -136,8 +136,13 @@ def test_what_mlflow_knows_is_what_the_folder_says(test: str, sweep: Callable[..
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "mlruns").rglob("*")} == files
 
 
+@pytest.mark.parametrize("killed", [False, True], ids=["", "killed before it could say when it ended"])
 def test_a_sweep_that_mlflow_hears_of_late_and_its_failure_and_no_secret(
-    sweep: Callable[..., int], tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    killed: bool,
+    sweep: Callable[..., int],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The store is down, at an address with a secret, while the sweep runs; one trial fails for good."""
     monkeypatch.setattr("tune.run.recording.PATIENCE_S", 30.0)
@@ -148,7 +153,11 @@ def test_a_sweep_that_mlflow_hears_of_late_and_its_failure_and_no_secret(
     content = {"space": {"optim.lr": {"grid": [1e30, 1e-3]}}, "retries": 0, "resources": {"cpu": 1, "gpu": 0.25}}
     assert sweep(**content, set=settings) == 1
     folder = tmp_path / "runs" / "sweep"
-    ended = json.loads((folder / "mlflow.json").read_text())["ended_at"]
+    link = json.loads((folder / "mlflow.json").read_text())
+    ended = link["ended_at"]
+    if killed:
+        (folder / "mlflow.json").write_text(json.dumps(link | {"ended": None, "ended_at": None}))
+        ended = (folder / "sweep.json").stat().st_mtime
     out, err = capfd.readouterr()
     assert "MLflow at http://***@127.0.0.1" in err
     assert SECRET not in out + err
