@@ -1,0 +1,121 @@
+"""What Ray Train, MLflow and checkpoints cost a run that trains the same without them, side by side.
+
+    python -m benchmarks.overheads [--repeats 3] [--epochs 12] [--out FILE]
+
+Every repeat runs each way once, one after the other, as a command of its own. Speed is the journal's images/s (the
+median of its records after the first epoch); the start is from the command to the journal's first record.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bootvit import checkpoint
+from bootvit.config import Config
+from bootvit.files import write_json
+from bootvit.learner import Learner, World
+from bootvit.load import load_config
+from bootvit.tracking import read_journal, source_version
+
+CONFIG = "digits/joint"
+OFF = ("tracking.enabled=false", "checkpoint.every_minutes=null")
+WAYS: dict[str, list[str]] = {
+    "local": ["--local", *OFF],
+    "Ray Train, 1 worker": ["ray.num_workers=1", *OFF],
+    "MLflow": ["--local", "checkpoint.every_minutes=null"],
+    "a checkpoint every 20 steps": ["--local", "tracking.enabled=false", "checkpoint.every_steps=20"],
+}
+
+
+def measure(way: str, arguments: list[str], folder: Path, epochs: int) -> dict[str, float]:
+    """One run: {"images/s", "seconds to the first record"}."""
+    name = way.split(",", maxsplit=1)[0].replace(" ", "-")
+    words = ["train", CONFIG, f"name={name}", f"schedule.epochs={epochs}", "ray.storage_path=runs", "--overwrite"]
+    words += ["tracking.log_every=5", *arguments]
+    began = time.time()
+    command = [sys.executable, "-m", "bootvit", *words]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}  # as Ray gives a worker of one CPU
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    records, _ = read_journal(folder / "runs" / name / "metrics.jsonl")
+    speeds = [r.value for r in records if r.name == "train/images_per_second" and r.epoch > 0]
+    return {"images/s": statistics.median(speeds), "seconds to the first record": records[0].time - began}
+
+
+def saving(config: Config) -> dict[str, float]:
+    """Seconds that training waits for a checkpoint, and seconds that writing it takes beside training."""
+    learner = Learner(config, 10, World(0, 1, torch.device("cpu")))
+    state = {"learner": learner.state_dict()}
+    held = checkpoint.on_host(state)
+    with tempfile.TemporaryDirectory() as folder:
+        data = checkpoint.pack(held)
+        write: Callable[[], Any] = lambda: checkpoint.write(Path(folder), checkpoint.pack(held), step=1, epoch=1)  # noqa: E731
+        return {
+            "megabytes": len(data) / 1e6,
+            "copy": seconds(lambda: checkpoint.on_host(state)),
+            "write": seconds(write),
+        }
+
+
+def seconds(call: Callable[[], Any], repeats: int = 5) -> float:
+    """The median of a few calls."""
+    found = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        call()
+        found.append(time.perf_counter() - began)
+    return statistics.median(found)
+
+
+def main() -> None:
+    """Measure and print; every ratio is the median over repeats of a way to `local` of the same repeat."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--epochs", type=int, default=12)
+    parser.add_argument("--out", type=Path)
+    given = parser.parse_args()
+    rows: list[dict[str, dict[str, float]]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for _ in range(given.repeats):
+            rows.append({way: measure(way, words, Path(folder), given.epochs) for way, words in WAYS.items()})
+    document: dict[str, Any] = {
+        "date": datetime.now(UTC).date().isoformat(),
+        "commit": source_version(),
+        "torch": torch.__version__,
+        "threads": torch.get_num_threads(),
+        "seed": 0,
+        "config": CONFIG,
+        "epochs": given.epochs,
+        "images/s ÷ local's": {
+            way: round(statistics.median(row[way]["images/s"] / row["local"]["images/s"] for row in rows), 4)
+            for way in WAYS
+        },
+        "seconds to the first record": {
+            way: round(statistics.median(row[way]["seconds to the first record"] for row in rows), 2) for way in WAYS
+        },
+        "seconds a checkpoint": {
+            name: {key: round(value, 4) for key, value in saving(load_config(name)).items()}
+            for name in (CONFIG, "cifar10/joint-small")
+        },
+        "runs": rows,
+    }
+    print(json.dumps(document, indent=1, ensure_ascii=False))
+    if given.out:
+        write_json(given.out, document)
+
+
+if __name__ == "__main__":
+    main()
