@@ -118,10 +118,9 @@ def _now() -> str:
 def _place(world: World) -> str:
     """Where this worker is, and how Ray's own files of it are found while the cluster is there."""
     here = f"rank {world.rank} of {world.size} on {platform.node()}, process {os.getpid()}, {world.device}"
-    if "ray" not in sys.modules:
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():  # asking it would start one
         return here
-    import ray
-
     context = ray.get_runtime_context()
     own = f"ray logs cluster 'worker-{context.get_worker_id()}*' --node-id {context.get_node_id()}"
     return f"{here}, address {ray.util.get_node_ip_address()}; Ray's own files: {own}"

@@ -149,7 +149,7 @@ def test_the_machines_errors_are_one_line(
     def raise_it(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr("bootvit.config.load_config", raise_it)
+    monkeypatch.setattr("bootvit.load.load_config", raise_it)
     assert main(["config", "tiny.yaml"]) == (2 if getattr(error, "errno", 0) == 20 else 1)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("bootvit: ")

@@ -264,8 +264,9 @@ def test_an_imported_run_is_evaluated_resumed_and_predicts(tmp_path: Path, capsy
     assert main(["train", str(run / "config.yaml"), "--resume", "--local"]) == 0
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["epochs"]) == ("finished", 3)
-    steps = [json.loads(line)["epoch"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert set(steps) == {2}  # epochs 0 and 1 are the reference's
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert {row["epoch"] for row in rows if row["name"] != "epoch"} == {2}  # epochs 0 and 1 are the reference's
+    assert [row["value"] for row in rows if row["name"] == "epoch"] == [2, 3]
 
 
 def test_importing_over_a_run_is_refused(tmp_path: Path) -> None:

@@ -61,6 +61,7 @@ def make_run(
             for e, share in enumerate((0.5, 1.0))
             for net, value in judged.items()
         ]
+        + [Record(10 * (e + 1), e, "epoch", e + 1.0, 100.0 + e) for e in range(2)]
     )
     document = {
         "name": name,

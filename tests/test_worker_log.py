@@ -107,3 +107,11 @@ def test_the_command_prints_all_workers_or_one(
     assert "I am 0" not in capsys.readouterr().out
     assert main(["logs", "nothing"]) == 2
     assert capsys.readouterr().err == "bootvit: error: nothing: no run is there (no config.yaml in it)\n"
+
+
+def test_a_log_starts_no_ray(folder: RunFolder) -> None:
+    ray = pytest.importorskip("ray")
+    before = ray.is_initialized()
+    with worker_log(folder, ONE):
+        print("here")
+    assert ray.is_initialized() == before

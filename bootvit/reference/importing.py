@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -24,6 +25,7 @@ from bootvit.reference.files import read_settings
 from bootvit.reference.names import WeightNames, load_moments
 from bootvit.reference.translate import translate
 from bootvit.runs import claim
+from bootvit.tracking import Journal, Record
 
 HERE = World(0, 1, torch.device("cpu"))
 
@@ -65,6 +67,8 @@ def import_checkpoint(
     folder, _ = claim(config, resume=False, overwrite=overwrite)
     final = epoch >= config.schedule.epochs
     checkpoint.write(folder.checkpoints, checkpoint.pack(state), step=step, epoch=epoch, final=final)
+    if epoch:  # over, and not to be evaluated again when the run goes on
+        Journal(folder.journal).write([Record(step, epoch - 1, "epoch", float(epoch), time.time())])
     return Imported(folder.path, epoch, bool(optimizers))
 
 
