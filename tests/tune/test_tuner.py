@@ -149,6 +149,19 @@ def test_failures_are_retried_from_where_the_log_is_and_then_the_trial_fails(tmp
 
 
 @pytest.mark.usefixtures("_ray")
+def test_a_trial_that_tune_has_given_up_goes_on_where_its_node_was_lost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tune counts a dead node against its own limit, the sweep does not."""
+    monkeypatch.setattr("tune.run.scheduler.reason_of", lambda *_, **__: ("its node has died", "node"))
+    run = Run(tmp_path, {0: {"2": "die"}, 1: {"3": "die"}}, space={KD: {"grid": [1, 2, 3]}}, retries=0)
+    run.execute()
+    trials = list(run.conductor.trials.values())
+    assert [(t.status, t.crashes) for t in trials] == [("finished", 0)] * 3
+    assert [run.done(t.spec.id) for t in trials] == ["1 2 3"] * 3
+
+
+@pytest.mark.usefixtures("_ray")
 def test_a_trial_that_says_nothing_is_started_again_and_then_fails(tmp_path: Path) -> None:
     scripts = {0: {"2": "hang"}, 1: {"1": "hang", "2": "hang"}}
     run = Run(tmp_path, scripts, space={KD: {"grid": [1, 2, 3]}}, retries=1)

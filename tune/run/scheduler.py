@@ -82,6 +82,10 @@ class SweepScheduler(Unsaved, FIFOScheduler):  # type: ignore[misc]
         with self._errors.noted():
             self._work.conductor.began(trial.trial_id)
 
+    def is_over(self, trial: TuneTrial) -> bool:
+        """Whether the conductor has done with a trial."""
+        return self._work.conductor.trials[trial.trial_id].status in ENDED
+
     def agree(self) -> None:
         """Bring Tune's trials to what the conductor says of them, and look for what happens without an event."""
         with self._errors.noted():
@@ -133,5 +137,6 @@ class Observer(Unsaved, tune.Callback):  # type: ignore[misc]
             trial.run_metadata.last_result["config"] = trial.config
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: TuneTrial, **info: Any) -> None:
-        """The same for one that has failed; if the conductor lets it go on, it gets its order again."""
-        self.on_trial_complete(iteration, trials, trial, **info)
+        """The same for one that has failed, unless the conductor lets it go on: Tune needs the rest of it then."""
+        if self._scheduler.is_over(trial):
+            self.on_trial_complete(iteration, trials, trial, **info)
