@@ -31,11 +31,11 @@ class Shard(NamedTuple):
 
 def footers(paths: Sequence[Place]) -> list[Shard]:
     """What the ends of files say; those in a store are read at once, and by one process of a node."""
-    stored = [path for path in paths if isinstance(path, StorePath) and not path.footer]
+    stored = [path for path in paths if isinstance(path, StorePath) and path.footer is None]
     if stored:
         found = remembered("footers", _stamp(stored), pa.large_binary(), lambda: list(ahead(_footer, stored)))
         for path, data in zip(stored, found, strict=True):
-            path.footer.append(pq.read_metadata(pa.BufferReader(data)))
+            path.footer = pq.read_metadata(pa.BufferReader(data))
     return [_shard(path) for path in paths]
 
 

@@ -1,19 +1,18 @@
 """Parquet files in an object store: what `data.root` is when it is an address of pyarrow.fs, such as `s3://bucket/x`.
 
-Credentials, region and endpoint come from where the cloud's own tools have them. A request that fails is sent again a
-few times; a store that does not answer is a `RunFailed` after seconds, and what the user can mend is a `UserError`.
+Credentials, region and endpoint come from where the cloud's own tools have them. A request that fails is sent again by
+Arrow's client itself (to S3 every 0.2 s for 6 s, whether no server, a status of 5xx or 429, or an answer cut short); if
+that does not help it is a `RunFailed`, and what the user can mend is a `UserError`.
 """
 
 from __future__ import annotations
 
 import re
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, TypeVar
 
 import pyarrow as pa
@@ -25,10 +24,8 @@ from bootvit.errors import RunFailed, UserError
 
 SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*)://")
-ATTEMPTS = 5  # of one request
-PAUSE_S = 0.2  # before the second attempt, doubled before each further one
-GIVE_UP_S = 5.0  # after the first attempt began, none is made: pyarrow itself tries for 6 s to reach a server
-ANSWER_S = 40.0  # for one request with all its attempts
+ANSWER_S = 20.0  # for the first answer of a store
+GOOGLE_S = 6  # Google's client would try for a quarter of an hour
 AHEAD = 8  # files or row groups on their way at once
 AHEAD_BYTES = 256 << 20  # of row groups on their way at once, if more than one
 BUFFER = 1 << 20  # bytes asked for at once, where a file is read only as far as needed
@@ -58,11 +55,7 @@ def wrong_with(address: str, source: str) -> str | None:
     if not re.match(r"[^/?]", rest):
         return f"it names no bucket or host: expected {scheme}://BUCKET/FOLDER"
     if has_secret(address):
-        azure = ", or abfs://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER" if scheme.startswith("abfs") else ""
-        return (
-            "an address holds no user, key or token here: leave it out, the store's own variables and files give it, "
-            f"such as AWS_ACCESS_KEY_ID or ~/.aws/credentials{azure}"
-        )
+        return _secret_in(address, scheme)
     if source != "parquet":
         return (
             f"data.source={source} needs a folder: from an object store Parquet files are read (data.source=parquet), "
@@ -71,7 +64,18 @@ def wrong_with(address: str, source: str) -> str | None:
     return None
 
 
-@dataclass(frozen=True, eq=False)
+def _secret_in(address: str, scheme: str) -> str:
+    if not has_secret(address.partition("?")[0]):
+        known = "region, scheme, endpoint_override, tls_ca_file_path and retry_limit_seconds"
+        return f"its parameters (after the '?') may be {known}; keys and tokens come from the store's own variables"
+    azure = ", or abfs://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER" if scheme.startswith("abfs") else ""
+    return (
+        "an address holds no user, key or token here: leave it out, the store's own variables and files give it, "
+        f"such as AWS_ACCESS_KEY_ID or ~/.aws/credentials{azure}"
+    )
+
+
+@dataclass(eq=False)
 class StorePath:
     """A folder or a file in a store; what was read of it is kept in it."""
 
@@ -83,7 +87,9 @@ class StorePath:
     size: int = 0
     changed: int | None = None  # ns
     columns: dict[str, pa.ChunkedArray] = field(default_factory=dict, repr=False)  # filled by `parquet_columns.preload`
-    footer: list[pq.FileMetaData] = field(default_factory=list, repr=False)  # one, once it is known
+    footer: pq.FileMetaData | None = field(default=None, repr=False)  # filled by `parquet_columns.footers`
+    _source: Any = field(default=None, repr=False)  # the opened file; `cached_property` would lock all files at once
+    _children: list[StorePath] | None = field(default=None, repr=False)
 
     def __str__(self) -> str:
         return self.at
@@ -98,9 +104,14 @@ class StorePath:
         """Changes when the file does."""
         return self.at, self.size, self.changed
 
-    @cached_property
+    @property
     def children(self) -> list[StorePath]:
         """What the folder holds, sorted by name; listed once."""
+        if self._children is None:
+            self._children = self._list()
+        return self._children
+
+    def _list(self) -> list[StorePath]:
         wanted = fs.FileSelector(self.path)
         try:
             found = self.asked(lambda: self.system.get_file_info(wanted))
@@ -121,46 +132,41 @@ class StorePath:
         return sorted(parts, key=lambda part: part.name)
 
     def parquet(self, act: Callable[[pq.ParquetFile], T], *, whole: bool = True) -> T:
-        """What `act` makes of the opened Parquet file, which may be opened and acted on several times.
+        """What `act` makes of the opened Parquet file.
 
         `whole`: all of the columns that it asks for is fetched at once; else bit by bit, only as far as it reads.
         """
-        metadata = self.footer[0] if self.footer else None
         way: dict[str, Any] = {"pre_buffer": True} if whole else {"pre_buffer": False, "buffer_size": BUFFER}
 
         def attempt() -> T:
-            with self.system.open_input_file(self.path) as source:
-                return act(pq.ParquetFile(source, metadata=metadata, **way))
+            if self._source is None:  # a request of its own; several threads may read from what is opened
+                self._source = self.system.open_input_file(self.path)
+            return act(pq.ParquetFile(self._source, metadata=self.footer, **way))
 
         return self.asked(attempt)
 
     def asked(self, request: Callable[[], T]) -> T:
         """What a request answers; anything that is not the store's own doing is raised as it is."""
         where = f"data.root={self.root}"
-        begin = time.monotonic()
-        for attempt in range(ATTEMPTS):
-            try:
-                return request()
-            except (OSError, pa.ArrowException) as err:
-                reason = without_secrets(" ".join(str(err).split())[:300], self.root)
-                if isinstance(err, FileNotFoundError) or MISSING.search(reason):
-                    raise UserError(f"{where}: there is nothing at {self.at}: no such bucket, folder or file") from err
-                if REFUSED.search(reason):
-                    raise UserError(f"{where}: the store refuses: {reason}") from err
-                if not OF_THE_STORE.search(reason):
-                    raise
-                if attempt == ATTEMPTS - 1 or time.monotonic() - begin > GIVE_UP_S:
-                    raise RunFailed(f"{where}: the store does not answer as it should: {reason}") from err
-                time.sleep(PAUSE_S * 2**attempt)
-        raise AssertionError  # the last attempt returns or raises
+        try:
+            return request()
+        except (OSError, pa.ArrowException) as err:
+            reason = without_secrets(" ".join(str(err).split())[:300], self.root)
+            if isinstance(err, FileNotFoundError) or MISSING.search(reason):
+                raise UserError(f"{where}: there is nothing at {self.at}: no such bucket, folder or file") from err
+            if REFUSED.search(reason):
+                raise UserError(f"{where}: the store refuses: {reason}") from err
+            if OF_THE_STORE.search(reason):
+                raise RunFailed(f"{where}: the store does not answer as it should: {reason}") from err
+            raise
 
 
 def open_root(address: str) -> StorePath:
     """The folder at an address; `UserError` for a wrong one, `RunFailed` for a store that does not answer."""
     shown = public_address(address)
-    limit = "retry_limit_seconds"  # Google's client would try for a quarter of an hour
+    limit = "retry_limit_seconds"
     if address.startswith(("gs:", "gcs:")) and limit not in address:
-        address += f"{'&' if '?' in address else '?'}{limit}={GIVE_UP_S:g}"
+        address += f"{'&' if '?' in address else '?'}{limit}={GOOGLE_S}"
     at = shown.partition("?")[0].rstrip("/")
 
     def opened() -> StorePath:

@@ -242,8 +242,8 @@ def read_parquet(path: Place, act: Callable[[pq.ParquetFile], T], *, whole: bool
 
 def footer_of(path: Place) -> pq.FileMetaData:
     """What the end of a Parquet file says."""
-    if isinstance(path, StorePath) and path.footer:
-        return path.footer[0]
+    if isinstance(path, StorePath) and path.footer is not None:
+        return path.footer
     return read_parquet(path, lambda file: file.metadata)
 
 
