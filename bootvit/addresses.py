@@ -9,7 +9,7 @@ MASK = "***"
 SECRETS = {"secrets": True}  # the context of a `model_dump` that keeps them: for use, never for writing
 HARMLESS = (  # parameters of an address that are no secret; any other one's value is masked
     *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
-    *("charset", "sslmode", "driver"),
+    *("tls_ca_file_path", "retry_limit_seconds", "charset", "sslmode", "driver"),
 )
 USER = re.compile(r"(?<!sqlite)(?<!file):(/+)\S*@")  # greedy: a password may itself hold @, / or #
 SPACED = re.compile(r"(?<!sqlite)(?<!file)://((?!: |; )[^'\"\n])*@")  # and blanks, within a sentence

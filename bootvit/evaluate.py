@@ -56,7 +56,8 @@ def evaluate(config: Config, run_dir: Path, *, local: bool, best: bool = False) 
     start_ray(config)
     from cluster.probe import check_nodes, reads
 
-    data = [] if config.data.root is None else [reads(f"data.root={config.data.root}", Path(config.data.root))]
+    root = config.data.root
+    data = [] if root is None or "://" in root else [reads(f"data.root={root}", Path(root))]
     check_nodes([reads(str(run_dir), run_dir / "config.yaml"), *data])
     job = {"config": whole(config), "run_dir": str(run_dir), "best": best}
     return Evaluation(*on_workers(config, eval_worker, job))

@@ -7,11 +7,15 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote
 
+from bootvit.addresses import public_address
 from bootvit.config import Config, flatten, override, place_of, read_config, validate, whole, with_overrides
+from bootvit.data.stores import wrong_with
 from bootvit.errors import UserError
 from bootvit.models.zoo import check_models
 
+# a folder may be named with a colon, but what begins so is meant as an address
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "wasb", "hdfs", "viewfs", "hf", "file", "http", "https")
 
 
@@ -52,20 +56,24 @@ def absolute(config: Config) -> Config:
 
 
 def _place(path: str | None) -> str:
-    if path is not None and "://" in path:  # refused where it is used
+    if path is not None and path.startswith("file:///"):
+        path = unquote(path.removeprefix("file://"))
+    if path is not None and "://" in path:
         return path
     return str(Path(path or ".").expanduser().resolve())
 
 
 def check_places(config: Config, origin: str, origins: dict[str, str]) -> None:
-    """Refuse places that would silently become others: addresses, and a link to a folder that is not there."""
+    """Refuse places that would silently become others, such as a link to a folder that is not there."""
     for key, value in (("ray.storage_path", config.ray.storage_path), ("data.root", config.data.root)):
         scheme, colon, rest = (value or "").partition(":")
         if colon and (scheme.lower() in STORES or (rest.startswith("/") and re.fullmatch(r"[A-Za-z][\w+.-]*", scheme))):
-            raise UserError(
-                f"{place_of(key, origin, origins)}: {key}={value}: addresses of object stores are not supported yet; "
-                "give the path of a folder" + (" that every node sees" if key == "ray.storage_path" else "")
-            )
+            wrong = "addresses of object stores are not supported yet; give the path of a folder that every node sees"
+            if key == "data.root":
+                local = (value or "").startswith("file:///")
+                wrong = "" if local else wrong_with(value or "", config.data.source) or ""
+            if wrong:
+                raise UserError(f"{place_of(key, origin, origins)}: {key}={public_address(value or '')}: {wrong}")
     storage = Path(os.path.expanduser(config.ray.storage_path))
     broken = next((p for p in (storage, *storage.parents) if os.path.islink(p) and not os.path.exists(p)), None)
     if broken is not None:

@@ -107,6 +107,8 @@ def _check_places(raw: dict[str, Any], origin: str, env: Mapping[str, str]) -> N
         )
     for key in ("data.root", "model.vit.weights", "model.agent.weights"):
         value = _get(raw, key)
+        if key == "data.root" and isinstance(value, str) and "://" in value:  # checked with the config
+            continue
         if value not in (None, "timm") and not _is_absolute(value):
             raise UserError(f"{origin}: {key}={value} is relative, but the job runs elsewhere: make it absolute")
     if _get(raw, "tracking.enabled") is not False:

@@ -52,7 +52,7 @@ def places_of(config: Config) -> list[Place]:
         uri = tracking_uri(config.tracking.uri)
         if database := sqlite_path(uri):
             places.append(Place(f"tracking.uri={uri}", database.parent, f"{SHARED}, or http://HOST:PORT", written=True))
-    inputs = [] if data is None else [(f"data.root={data}", data)]
+    inputs = [] if data is None or "://" in data else [(f"data.root={data}", data)]  # a store's answer is a worker's
     inputs += [(key_of(config, net), getattr(config.model, net).weights) for net in named(config)]
     places += [reads(given, Path(path)) for given, path in inputs]
     return [place for place in places if place.written or place.path.exists()]

@@ -22,12 +22,15 @@ from cluster.environment import pins
 from cluster.logs import follow, say
 from cluster.staging import stage
 
-PASSED = (  # settings of MLflow's client without secrets: a password or token is set on the cluster's nodes
+PASSED = (  # settings of the clients of MLflow and S3 without secrets: those are set on the cluster's nodes
     "MLFLOW_TRACKING_URI",
     "MLFLOW_TRACKING_INSECURE_TLS",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES",
     "MLFLOW_HTTP_REQUEST_TIMEOUT",
     "MLFLOW_S3_ENDPOINT_URL",
+    "AWS_ENDPOINT_URL",
+    "AWS_REGION",
+    "AWS_DEFAULT_REGION",
 )
 STARTING = "No available agent"  # Ray's answer, after ten seconds, while a head is still coming up
 STARTING_S = 30.0  # for which that is asked again
@@ -81,7 +84,7 @@ def submit(
 
 
 def passed(env: Mapping[str, str] = os.environ) -> dict[str, str]:
-    """The settings of MLflow's client that the job gets: its record shows them, so one with a secret stays here."""
+    """The clients' settings that the job gets: its record shows them, so one with a secret stays here."""
     return {key: env[key] for key in PASSED if key in env and not has_secret(env[key])}
 
 

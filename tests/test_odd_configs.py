@@ -143,8 +143,8 @@ def test_a_submitted_sweeps_own_settings_are_places_too(tmp_path: Path, monkeypa
         ("optim.agent.clip_norm=x", 'optim.agent.clip_norm="x": Input'),
         ("ray.storage_path=s3:", "addresses of object stores are not supported yet"),
         ("ray.storage_path=S3://b/x", "addresses of object stores are not supported yet"),
-        ("data.root=gs:/b", "addresses of object stores are not supported yet"),
-        ("data.root=file:///x", "addresses of object stores are not supported yet"),
+        ("data.root=gs:/b", "not an address of an object store, which begins with one of s3://"),
+        ("data.root=file://x", "not an address of an object store, which begins with one of s3://"),
     ],
 )  # fmt: skip
 def test_a_value_that_no_key_can_have(given: str, expected: str) -> None:

@@ -1,4 +1,4 @@
-"""Decoded or mapped images, made once per node and shared by all its processes.
+"""Decoded or mapped images, and what was read of an object store's files: once per node, for all its processes.
 
 The folder is BOOTVIT_CACHE, else `bootvit-<uid>` in the platform's temporary folder; it may be deleted at any time.
 Each entry is a folder named by what it was made from, built under a lock and renamed when it is complete. Its
@@ -14,10 +14,10 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,7 @@ from bootvit.data.table import ArrowImages
 from bootvit.errors import RunFailed, UserError
 
 CHUNK = 64 << 20  # bytes of encoded images per record batch
+T = TypeVar("T")
 SIZES = "sizes.json"  # in each entry, written last
 
 
@@ -53,7 +54,7 @@ def cache_folder() -> Path:
 
 def decoded(subset: Subset) -> Decoded:
     """All images of a subset as pixels of one size; images of several sizes are a `UserError`."""
-    folder = _entry("pixels", subset, lambda place: _decode_all(subset, place))
+    folder = _entry("pixels", _made_from(subset, "pixels"), lambda place: _decode_all(subset, place))
     broken = json.loads((folder / "broken.json").read_text(encoding="utf-8"))
     return Decoded(
         np.load(folder / "pixels.npy", mmap_mode="r"),
@@ -64,17 +65,35 @@ def decoded(subset: Subset) -> Decoded:
 
 def mapped(subset: Subset) -> ArrowImages:
     """The encoded images of a subset in an Arrow file that is mapped into memory; image i is the subset's i-th."""
-    folder = _entry("arrow", subset, lambda place: _write_arrow(subset, place))
+    folder = _entry("arrow", _made_from(subset, "arrow"), lambda place: _write_arrow(subset, place))
     table = pa.ipc.open_file(pa.memory_map(str(folder / "images.arrow"))).read_all()
     order = np.load(folder / "order.npy")
     return ArrowImages(table["image"], order)
 
 
-def _entry(kind: str, subset: Subset, build: Callable[[Path], None]) -> Path:
-    folder = cache_folder()
+def remembered(what: str, stamp: bytes, kind: pa.DataType, make: Callable[[], Sequence[T]]) -> list[T]:
+    """A list of values of one Arrow type that is long in the making; `stamp` changes when it would be another."""
+
+    def build(place: Path) -> None:
+        table = pa.table({"value": pa.chunked_array([pa.array(make(), kind)])})
+        with pa.OSFile(str(place / "values.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+
+    folder = _entry("read", hashlib.sha256(f"{what} ".encode() + stamp).hexdigest()[:32], build)
+    values: list[T] = pa.ipc.open_file(pa.memory_map(str(folder / "values.arrow"))).read_all()["value"].to_pylist()
+    return values
+
+
+def _made_from(subset: Subset, kind: str) -> str:
+    """32 hex digits."""
     made_from = hashlib.sha256(f"{kind} {subset.table.fingerprint} {subset.digest} ".encode())
     made_from.update(subset.table.images.stamp(subset.indices))
-    target = folder / f"{kind}-{made_from.hexdigest()[:32]}"
+    return made_from.hexdigest()[:32]
+
+
+def _entry(kind: str, made_from: str, build: Callable[[Path], None]) -> Path:
+    folder = cache_folder()
+    target = folder / f"{kind}-{made_from}"
     if is_whole(target):
         return target
     with not_written_named(folder), _locked(folder / f"{target.name}.lock"):

@@ -10,13 +10,16 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bootvit.config import DataConfig
 from bootvit.data import open_splits, way_of
+from bootvit.data.cache import mapped
 from bootvit.data.decode import BrokenImage, decode
+from bootvit.data.fractions import whole
 from bootvit.data.table import ImageTable, ParquetImages, PixelImages, Rows
 
 CHUNK = 64  # images that a process is given at a time
@@ -40,7 +43,18 @@ def check(table: ImageTable, what: str, processes: int | None = None) -> Checked
     if isinstance(table.images, PixelImages):
         rows, cols = table.images.pixels.shape[1:3]
         return Checked(len(table), {}, Counter({(rows, cols): len(table)}), {(rows, cols): 0})
+    if isinstance(table.images, ParquetImages) and table.images.stored:
+        table = copied(table)
     return merged(_bar(_read_all(table, processes or os.cpu_count() or 1), len(table), what))
+
+
+def copied(table: ImageTable) -> ImageTable:
+    """A table of Parquet images with their bytes in the node's cache, where they can be read one by one."""
+    subset = whole(table)
+    images = mapped(subset)
+    order = np.empty(len(table), np.int64)
+    order[subset.indices] = images.order
+    return replace(table, images=replace(images, order=order))
 
 
 def merged(parts: Iterator[Checked]) -> Checked:

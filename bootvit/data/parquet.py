@@ -6,28 +6,39 @@ Labels and keys are read at once, images only when they are needed (see `Parquet
 from __future__ import annotations
 
 import hashlib
+import os
 from collections import Counter
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
 
 from bootvit.data import parquet_labels
+from bootvit.data.cache import remembered
 from bootvit.data.found import Found, listed
 from bootvit.data.listing import entries, is_dropping, is_folder
-from bootvit.data.parquet_columns import METADATA, Shard, footer, image_column, label_column, metadata_of, read_column
+from bootvit.data.parquet_columns import (
+    METADATA,
+    Shard,
+    footers,
+    image_column,
+    label_column,
+    metadata_of,
+    preload,
+    read_column,
+)
 from bootvit.data.splits import EVALUATION, Kind, split_of_file, split_of_folder
-from bootvit.data.table import ParquetImages, Rows, printable
+from bootvit.data.stores import StorePath
+from bootvit.data.table import ParquetImages, Place, Rows, printable
 from bootvit.errors import UserError
 
 __all__ = ["METADATA", "read"]
 
-Files = dict[Kind, list[Path]]
+Files = dict[Kind, list[Place]]
 
 
-def read(root: Path, split: Literal["train", "test"], *, held_out: bool, notes: list[str]) -> Found | None:
+def read(root: Place, split: Literal["train", "test"], *, held_out: bool, notes: list[str]) -> Found | None:
     """One split; a test split without labels counts as none, and is an error if nothing else is there to test on."""
     files = _files(root, notes if split == "train" else [])
     train = _shards(files["train"])
@@ -49,7 +60,7 @@ def read(root: Path, split: Literal["train", "test"], *, held_out: bool, notes: 
 # --------------------------------------------------------------------------------------------------- files
 
 
-def _files(root: Path, notes: list[str]) -> Files:
+def _files(root: Place, notes: list[str]) -> Files:
     """The files of each split, in the root or in its one sub-folder that has some, such as Hugging Face's `data`."""
     here, others = _home(root)
     if not here:
@@ -61,7 +72,7 @@ def _files(root: Path, notes: list[str]) -> Files:
             )
         here = next(iter(below.values()), {})
     if "train" not in here:
-        names = [str(path.relative_to(root)) for files in here.values() for path in files] + others
+        names = [_below(path, root) for files in here.values() for path in files] + others
         there = listed(map(printable, names)) or "none"
         raise UserError(
             f"data.root={root}: no train*.parquet there (Parquet files found: {there}): a file's name begins with its "
@@ -72,7 +83,7 @@ def _files(root: Path, notes: list[str]) -> Files:
     return here
 
 
-def _home(folder: Path) -> tuple[Files, list[str]]:
+def _home(folder: Place) -> tuple[Files, list[str]]:
     """The files of each split, by their names or by that of their folder; and the names of other Parquet files."""
     found: Files = {}
     others = []
@@ -86,26 +97,33 @@ def _home(folder: Path) -> tuple[Files, list[str]]:
         inside = _parquet_in(sub) if kind else []
         if kind and inside:
             if kind in found:
-                first = found[kind][0].relative_to(folder)
-                raise UserError(
-                    f"{printable(folder)}: both {str(first)!r} and {sub.name + '/'!r} hold one split: keep one"
-                )
+                first = _below(found[kind][0], folder)
+                raise UserError(f"{printable(folder)}: both {first!r} and {sub.name + '/'!r} hold one split: keep one")
             found[kind] = inside
     return found, others
 
 
-def _parquet_in(folder: Path) -> list[Path]:
+def _below(path: Place, folder: Place) -> str:
+    return os.path.relpath(str(path), str(folder))
+
+
+def _parquet_in(folder: Place) -> list[Place]:
+    if isinstance(folder, StorePath):
+        files = [path for path in folder.children if not path.is_folder and path.name.lower().endswith(".parquet")]
+        return [path for path in files if not is_dropping(path.name)]
     listed_ = [entry for entry in entries(folder) if entry.name.lower().endswith(".parquet")]
     return [folder / entry.name for entry in listed_ if not is_dropping(entry.name) and not is_folder(entry)]
 
 
-def _folders(folder: Path) -> list[Path]:
+def _folders(folder: Place) -> list[Place]:
+    if isinstance(folder, StorePath):
+        return [path for path in folder.children if path.is_folder and not is_dropping(path.name)]
     return [folder / entry.name for entry in entries(folder) if not is_dropping(entry.name) and is_folder(entry)]
 
 
-def _shards(files: list[Path]) -> list[Shard]:
+def _shards(files: list[Place]) -> list[Shard]:
     """The files with rows; if there are none, the first file."""
-    shards = [footer(path) for path in files]
+    shards = footers(files)
     return [shard for shard in shards if shard.rows] or shards[:1]
 
 
@@ -115,6 +133,8 @@ def _shards(files: list[Path]) -> list[Shard]:
 def _labelled(shards: list[Shard], train: list[Shard], unlabelled: list[str], notes: list[str]) -> Found | None:
     """A test split; None, with a note, if it has no labels."""
     column, _ = label_column(shards, optional=True)
+    if column:
+        preload(shards, _small_columns(shards, column))
     if column and not parquet_labels.are_missing(shards, column):
         return _read(shards, notes, train=parquet_labels.meaning(train, label_column(train)[0]))
     what = "its images have no labels" if column else "it has no label column"
@@ -128,6 +148,7 @@ def _read(shards: list[Shard], notes: list[str], train: parquet_labels.Meaning |
     first = shards[0]
     images = ParquetImages(tuple(shard.path for shard in shards), image_column(shards))
     column, guessed = label_column(shards)
+    preload(shards, _small_columns(shards, column))
     labels, names = parquet_labels.read(shards, column, train)
     if guessed:
         _check_guess(shards, column, labels)
@@ -148,6 +169,16 @@ def _read(shards: list[Shard], notes: list[str], train: parquet_labels.Meaning |
         )
     except (KeyError, TypeError, ValueError) as err:
         raise UserError(f"{found.place}: its metadata 'bootvit' are not those of `bootvit data pack`: {err}") from err
+
+
+def _small_columns(shards: list[Shard], label: str) -> list[str]:
+    """What opening reads of every file: labels and keys."""
+    names = shards[0].schema.names
+    if "key" in names:
+        return [label, "key"]
+    struct = image_column(shards).removesuffix(".bytes")
+    kind = shards[0].schema.field(struct).type
+    return [label, f"{struct}.path"] if pa.types.is_struct(kind) and kind.get_field_index("path") >= 0 else [label]
 
 
 def _triple(values: list[float]) -> tuple[float, float, float]:
@@ -217,9 +248,11 @@ def _texts(shard: Shard, column: str) -> list[str | None]:
 
 def _numbered(images: ParquetImages, labels: Rows) -> list[str]:
     """SHA-256 of each image's bytes; equal images get a number, by label, so that the order of rows is irrelevant."""
-    digests = [""] * len(labels)
-    for place, data in images.scan(np.arange(len(labels))):
-        digests[place] = hashlib.sha256(data).hexdigest()
+    every = np.arange(len(labels))
+    if images.stored:
+        digests = remembered("digests", images.stamp(every), pa.large_string(), lambda: _digests(images, every))
+    else:
+        digests = _digests(images, every)
     seen: dict[str, int] = {}
     out = list(digests)
     for row in np.lexsort((labels, np.array(digests))):
@@ -228,3 +261,10 @@ def _numbered(images: ParquetImages, labels: Rows) -> list[str]:
         if seen[digest] > 1:
             out[row] = f"{digest}-{seen[digest]}"
     return out
+
+
+def _digests(images: ParquetImages, rows: Rows) -> list[str]:
+    digests = [""] * len(rows)
+    for place, data in images.scan(rows):
+        digests[place] = hashlib.sha256(data).hexdigest()
+    return digests

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from bootvit.data.cache import remembered
 from bootvit.data.found import listed
-from bootvit.data.table import printable, reading
+from bootvit.data.stores import StorePath, ahead
+from bootvit.data.table import Place, footer_of, printable, read_parquet
 from bootvit.errors import UserError
 
 LABELS = ("label", "labels", "fine_label", "class", "target", "cls")
@@ -22,21 +24,69 @@ METADATA = b"bootvit"  # key in the schema of packed files
 class Shard(NamedTuple):
     """One file of a split."""
 
-    path: Path
+    path: Place
     schema: pa.Schema
     rows: int
 
 
-def footer(path: Path) -> Shard:
-    """What the end of a file says."""
-    with reading(path), pq.ParquetFile(path) as file:
-        return Shard(path, file.schema_arrow, file.metadata.num_rows)
+def footers(paths: Sequence[Place]) -> list[Shard]:
+    """What the ends of files say; those in a store are read at once, and by one process of a node."""
+    stored = [path for path in paths if isinstance(path, StorePath) and path.footer is None]
+    if stored:
+        found = remembered("footers", _stamp(stored), pa.large_binary(), lambda: list(ahead(_footer, stored)))
+        for path, data in zip(stored, found, strict=True):
+            path.footer = pq.read_metadata(pa.BufferReader(data))
+    return [_shard(path) for path in paths]
 
 
-def read_column(path: Path, column: str) -> pa.ChunkedArray:
+def _shard(path: Place) -> Shard:
+    if isinstance(path, StorePath):
+        metadata = footer_of(path)
+        return Shard(path, metadata.schema.to_arrow_schema(), metadata.num_rows)
+    return read_parquet(path, lambda file: Shard(path, file.schema_arrow, file.metadata.num_rows))
+
+
+def _footer(path: StorePath) -> bytes:
+    out = pa.BufferOutputStream()
+    footer_of(path).write_metadata_file(out)
+    data: bytes = out.getvalue().to_pybytes()
+    return data
+
+
+def preload(shards: Sequence[Shard], columns: Sequence[str]) -> None:
+    """Read these columns of the files in a store that have them at once, and by one process of a node."""
+    stored = [shard.path for shard in shards if isinstance(shard.path, StorePath)]
+    stored = [path for path in stored if not all(column in path.columns for column in columns)]
+    if not stored:
+        return
+
+    def read(path: StorePath) -> bytes:
+        table = read_parquet(path, lambda file: file.read(columns=list(columns), use_threads=False))
+        out = pa.BufferOutputStream()
+        with pa.ipc.new_stream(out, table.schema) as writer:
+            writer.write_table(table)
+        data: bytes = out.getvalue().to_pybytes()
+        return data
+
+    what = json.dumps(["columns", *columns])
+    found = remembered(what, _stamp(stored), pa.large_binary(), lambda: list(ahead(read, stored)))
+    for path, data in zip(stored, found, strict=True):
+        table = pa.ipc.open_stream(data).read_all()
+        for column in columns:
+            name = column if column in table.column_names else column.rpartition(".")[0]
+            if name in table.column_names:
+                path.columns[column] = table[name]
+
+
+def _stamp(paths: Sequence[StorePath]) -> bytes:
+    return repr([path.stamp for path in paths]).encode()
+
+
+def read_column(path: Place, column: str) -> pa.ChunkedArray:
     """A column, or (as `parent.child`) a child of a struct."""
-    with reading(path), pq.ParquetFile(path) as file:
-        values = file.read(columns=[column], use_threads=False).column(0)
+    values = path.columns.get(column) if isinstance(path, StorePath) else None
+    if values is None:
+        values = read_parquet(path, lambda file: file.read(columns=[column], use_threads=False).column(0))
     if pa.types.is_struct(values.type):
         child = values.type.field(0).type
         return pa.chunked_array([chunk.flatten()[0] for chunk in values.chunks], child)

@@ -7,20 +7,23 @@ elsewhere the index in the original files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from bootvit.addresses import public_address
 from bootvit.config import DataConfig, pair
 from bootvit.data import cifar, folders, parquet
+from bootvit.data.cache import remembered
 from bootvit.data.decode import BrokenImage, decode, encode_png, header_size
 from bootvit.data.found import Found, relabel
 from bootvit.data.fractions import by_hash
 from bootvit.data.notes import class_notes, orientation_notes, test_notes
+from bootvit.data.stores import ADDRESS, StorePath, open_root, wrong_with
 from bootvit.data.table import (
     RGB,
     ArrowImages,
@@ -29,11 +32,13 @@ from bootvit.data.table import (
     ImageTable,
     ParquetImages,
     PixelImages,
+    Place,
     Rows,
 )
 from bootvit.errors import UserError
 
 Split = Literal["train", "test"]
+T = TypeVar("T")
 
 IMAGENET: tuple[RGB, RGB] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 SMALL = 96  # the longest side, in pixels, of images that are kept decoded in memory
@@ -72,17 +77,21 @@ def _find(data: DataConfig, split: Split, notes: list[str]) -> Found | None:
     if data.source == "fake":
         return _fake(data, split)
     root = _root(data)
+    held_out = data.held_out > 0
+    if data.source == "parquet" or isinstance(root, StorePath):
+        return parquet.read(root, split, held_out=held_out, notes=notes)
     if data.source in ("cifar10", "cifar100"):
         return cifar.read(root, data.source, split)
-    held_out = data.held_out > 0
-    if data.source == "parquet":
-        return parquet.read(root, split, held_out=held_out, notes=notes)
     return folders.read(root, split, splits_only=data.source == "imagenet", held_out=held_out, notes=notes)
 
 
-def _root(data: DataConfig) -> Path:
+def _root(data: DataConfig) -> Place:
     if data.root is None:
         raise UserError(f"data.root: source {data.source!r} needs the folder that holds its files")
+    if ADDRESS.match(data.root):
+        if wrong := wrong_with(data.root, data.source):
+            raise UserError(f"data.root={public_address(data.root)}: {wrong}")
+        return open_root(data.root)
     root = Path(data.root)
     if not root.is_dir():
         what = "is a file, not the folder that holds the data set" if root.is_file() else "no such folder"
@@ -165,12 +174,17 @@ def _finish(
     _check_labels(found, own, data)
     where = f"data.root={data.root}: {found.place}" if found.place else f"data.source={data.source}"
     labels = relabel(found.labels, own, wanted, where)
-    first = [] if like or isinstance(found.images, PixelImages) else first_images(found.images)
+    images = found.images
+    first = [] if like or isinstance(images, PixelImages) else first_images(images)
     native = like.native if like else found.native if found.packed else native_size(found.images, first)
     mean, std = (like.mean, like.std) if like else _constants(found, data, native)
     auto = like.auto if like else found.auto or ("crop" if native else "area")
     rows = pa.table({"label": pa.array(labels, pa.int64()), "key": pa.array(found.keys, pa.string())})
-    fingerprint = found.fingerprint or fingerprint_of(found.images, found.labels, found.keys)
+    fingerprint = found.fingerprint
+    if fingerprint is None:
+        (fingerprint,) = _kept(
+            images, "fingerprint", pa.string(), lambda: [fingerprint_of(images, found.labels, found.keys)]
+        )
     if like:
         notes += test_notes(found.place or data.source, labels, like.labels, wanted)
     else:
@@ -220,16 +234,27 @@ def _constants(found: Found, data: DataConfig, native: tuple[int, int] | None) -
     if found.constants is not None:
         mean, std = found.constants
     elif native and not isinstance(found.images, FileImages):
-        mean, std = measure(found.images, by_hash(found.keys)[:MEASURED])
+        rows = by_hash(found.keys)[:MEASURED]
+        numbers = _kept(
+            found.images, "mean, std", pa.float64(), lambda: [n for rgb in measure(found.images, rows) for n in rgb]
+        )
+        mean, std = _rgb(numbers[:3]), _rgb(numbers[3:])
     else:
         mean, std = IMAGENET
     return data.mean or mean, data.std or std
 
 
+def _kept(images: Images, what: str, kind: pa.DataType, make: Callable[[], list[T]]) -> list[T]:
+    """What is made of the images; of those in an object store once per node."""
+    if isinstance(images, ParquetImages) and images.stored:
+        return remembered(what, images.stamp(np.arange(0)), kind, make)
+    return make()
+
+
 def first_images(images: FileImages | ArrowImages | ParquetImages) -> list[bytes]:
     """The first 64 encoded images."""
     if isinstance(images, ParquetImages):
-        return images.first(PROBED)
+        return _kept(images, "first", pa.large_binary(), lambda: images.first(PROBED))
     count = len(images.paths) if isinstance(images, FileImages) else len(images.column)
     return [data for _, data in images.scan(np.arange(min(PROBED, count)))]
 
@@ -274,7 +299,7 @@ def _arrays(images: Images, rows: Rows) -> list[npt.NDArray[np.uint8]]:
     return out
 
 
-def _rgb(values: npt.NDArray[np.float64]) -> RGB:
+def _rgb(values: npt.NDArray[np.float64] | Sequence[float]) -> RGB:
     red, green, blue = (round(float(value), 4) for value in values)
     return red, green, blue
 

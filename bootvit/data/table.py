@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,11 +23,14 @@ import pyarrow.parquet as pq
 from PIL import Image
 
 from bootvit.data.decode import BrokenImage, decode, encode_png
+from bootvit.data.stores import AHEAD, AHEAD_BYTES, StorePath, ahead
 from bootvit.errors import OF_THE_MACHINE, UserError
 
 Rows = npt.NDArray[np.int64]
 RGB = tuple[float, float, float]
 Augment = Literal["crop", "area", "none"]
+Place = Path | StorePath
+T = TypeVar("T")
 
 _CONTROL = re.compile("[\x00-\x1f\x7f]")
 
@@ -93,8 +96,10 @@ class FileImages:
             raise BrokenImage(err.strerror or str(err)) from err
 
 
-def _stamp(path: Path) -> tuple[int, int] | None:
+def _stamp(path: Place) -> tuple[int, int] | tuple[str, int, int | None] | None:
     """None for a file that is gone, such as behind a link that leads nowhere: that is found when it is read."""
+    if isinstance(path, StorePath):
+        return path.stamp
     try:
         found = path.stat()
     except OSError:
@@ -102,12 +107,12 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return found.st_size, found.st_mtime_ns
 
 
-def printable(name: str | Path) -> str:
+def printable(name: str | Place) -> str:
     """A file's name or path as one line of text, for any terminal, log and data base.
 
     Bytes that are not UTF-8 become `\\xe9`, control characters `\\x0a`.
     """
-    text = os.fsencode(name).decode("utf-8", "backslashreplace")
+    text = os.fsencode(str(name)).decode("utf-8", "backslashreplace")
     return _CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", text)
 
 
@@ -143,7 +148,7 @@ class ArrowImages:
 class ParquetImages:
     """Encoded images in Parquet files, read by row group and only for the rows asked for."""
 
-    files: tuple[Path, ...]
+    files: tuple[Place, ...]
     column: str  # a binary column, or `image.bytes` inside a struct
 
     @cached_property
@@ -151,8 +156,7 @@ class ParquetImages:
         """(first row, file, row group in the file) of every row group."""
         out, first = [], 0
         for number, path in enumerate(self.files):
-            with reading(path):
-                meta = pq.read_metadata(path)
+            meta = footer_of(path)
             for group in range(meta.num_row_groups):
                 out.append((first, number, group))
                 first += meta.row_group(group).num_rows
@@ -166,19 +170,22 @@ class ParquetImages:
         """(place in `rows`, encoded image), in the order of the files; each row group is read once."""
         order = np.argsort(rows, kind="stable")
         group_of = np.searchsorted(self._starts, rows[order], side="right") - 1
-        for group in np.unique(group_of):
-            column = self._read(int(group))
+        groups = np.unique(group_of).tolist()
+        columns = ahead(self._read, groups, self._window(groups)) if self.stored else map(self._read, groups)
+        for group, column in zip(groups, columns, strict=True):
             for place in order[group_of == group]:
                 value = column[int(rows[place] - self._starts[group])].as_py()
                 yield int(place), value if value is not None else b""
 
     def first(self, count: int) -> list[bytes]:
         """The first images of the first file, without reading more than they need."""
-        with reading(self.files[0]), pq.ParquetFile(self.files[0]) as file:
-            for batch in file.iter_batches(count, columns=[self.column], use_threads=False):
-                column = batch.column(0)
-                values = (column.field(0) if "." in self.column else column).to_pylist()
-                return [value or b"" for value in values]
+        return read_parquet(self.files[0], lambda file: self._first(file, count), whole=False)
+
+    def _first(self, file: pq.ParquetFile, count: int) -> list[bytes]:
+        for batch in file.iter_batches(count, columns=[self.column], use_threads=False):
+            column = batch.column(0)
+            values = (column.field(0) if "." in self.column else column).to_pylist()
+            return [value or b"" for value in values]
         return []
 
     def where(self, row: int) -> str:
@@ -189,18 +196,31 @@ class ParquetImages:
         """Sizes and times of the files: see `FileImages.stamp`."""
         return repr([_stamp(path) for path in self.files]).encode()
 
+    @property
+    def stored(self) -> bool:
+        """Whether they lie in an object store."""
+        return isinstance(self.files[0], StorePath)
+
+    def _window(self, groups: list[int]) -> int:
+        """How many row groups may be on their way at once."""
+        places = (self.groups[group] for group in groups)
+        largest = max((footer_of(self.files[n]).row_group(index).total_byte_size for _, n, index in places), default=1)
+        return max(1, min(AHEAD, AHEAD_BYTES // max(largest, 1)))
+
     def _group(self, row: int) -> int:
         return int(np.searchsorted(self._starts, row, side="right")) - 1
 
     def _read(self, group: int) -> pa.ChunkedArray:
         _, number, index = self.groups[group]
-        with reading(self.files[number]), pq.ParquetFile(self.files[number]) as file:
-            column = file.read_row_group(index, columns=[self.column], use_threads=False).column(0)
+        column = read_parquet(
+            self.files[number],
+            lambda file: file.read_row_group(index, columns=[self.column], use_threads=False).column(0),
+        )
         return pa.chunked_array([chunk.field(0) for chunk in column.chunks]) if "." in self.column else column
 
 
 @contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading(path: Place) -> Iterator[None]:
     """Whatever pyarrow raises inside becomes one line that names the file; a sick machine stays an `OSError`."""
     try:
         yield
@@ -209,6 +229,22 @@ def reading(path: Path) -> Iterator[None]:
             raise
         reason = " ".join(str(err).split())[:200] or type(err).__name__
         raise UserError(f"{printable(path)}: not a readable Parquet file: {reason}") from err
+
+
+def read_parquet(path: Place, act: Callable[[pq.ParquetFile], T], *, whole: bool = True) -> T:
+    """What `act` makes of a Parquet file; `whole` as in `StorePath.parquet`."""
+    with reading(path):
+        if isinstance(path, StorePath):
+            return path.parquet(act, whole=whole)
+        with pq.ParquetFile(path) as file:
+            return act(file)
+
+
+def footer_of(path: Place) -> pq.FileMetaData:
+    """What the end of a Parquet file says."""
+    if isinstance(path, StorePath) and path.footer is not None:
+        return path.footer
+    return read_parquet(path, lambda file: file.metadata)
 
 
 Images = PixelImages | FileImages | ArrowImages | ParquetImages

@@ -50,7 +50,10 @@ def run_tags(
 def data_name(source: str, root: str | None) -> str:
     """What a data set is called in tables: its source, or its folder where the source is a format."""
     generic = source in ("imagefolder", "parquet")
-    return Path(public_address(root)).name or source if generic and root else source
+    if not generic or not root:
+        return source
+    place = public_address(root).partition("?")[0] if "://" in root else root
+    return Path(place).name or source
 
 
 def flat_params(config: BaseModel) -> dict[str, str]:
