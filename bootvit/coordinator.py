@@ -91,4 +91,7 @@ def is_draining() -> bool:
     """Whether this node has been told that it will be taken away (a spot notice, the end of a Slurm job or a pod)."""
     from ray._private.state import state  # no public call tells it without a barrier of all workers
 
-    return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+    try:
+        return ray.get_runtime_context().get_node_id() in state.get_draining_nodes()
+    except (ray.exceptions.RayError, RuntimeError):  # the head does not answer at this moment
+        return False
