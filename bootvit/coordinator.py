@@ -72,19 +72,21 @@ class Watch:
 
     def _look(self) -> None:
         while not self._end.wait(EVERY):
-            if self._coordinator is not None and self._is_stopping():
+            if self._coordinator is not None and is_stopping(self._coordinator):
                 self._ask = Ask.STOP
                 return
             if not self._noticed and ray.is_initialized() and is_draining():
                 self._ask, self._noticed = Ask.SAVE, True
 
-    def _is_stopping(self) -> bool:
-        try:
-            return bool(ray.get(self._coordinator.stopping.remote(), timeout=60))
-        except ray.exceptions.GetTimeoutError:
-            return False  # the driver's node is busy, or cut off for a moment
-        except ray.exceptions.RayError:
-            return True  # the driver is gone, and the actor with it
+
+def is_stopping(coordinator: Any) -> bool:
+    """Whether a worker is to save and stop; a driver that has died asks for it too."""
+    try:
+        return bool(ray.get(coordinator.stopping.remote(), timeout=60))
+    except ray.exceptions.ActorDiedError:
+        return True
+    except ray.exceptions.RayError:  # the driver's node is busy, or cut off for a moment
+        return False
 
 
 def is_draining() -> bool:

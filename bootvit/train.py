@@ -263,7 +263,10 @@ def run_under_ray(config: Config, folder: RunFolder) -> Result:
     job = worker_job(config, folder, coordinator)
     training = InThread(lambda: on_workers(config, train_worker, job, config.ray.max_failures))
 
+    asked = threading.Event()
+
     def stop() -> None:
+        asked.set()
         say_stopping()
         coordinator.stop.remote()
 
@@ -272,8 +275,10 @@ def run_under_ray(config: Config, folder: RunFolder) -> Result:
             result: Result | None = training.wait()
     finally:
         clear_ray_storage(config)
-    if result is None:
+    if result is None and asked.is_set():
         raise KeyboardInterrupt
+    if result is None:
+        raise RunFailed("the workers have lost their driver's actor and stopped, with a checkpoint; --resume goes on")
     return result
 
 
