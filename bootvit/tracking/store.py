@@ -164,6 +164,7 @@ def connect(uri: str) -> Any:
     """
     path = sqlite_path(uri)
     for key, value in {
+        "MLFLOW_LOGGING_LEVEL": "ERROR",  # MLflow sets its level while it is imported, perhaps by another thread now
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": REQUEST_S,
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -174,7 +175,7 @@ def connect(uri: str) -> Any:
         os.environ.setdefault(key, value)
     from mlflow.tracking import MlflowClient
 
-    for name in ("mlflow", "alembic"):
+    for name in ("mlflow", "alembic"):  # for an MLflow that was imported before
         logging.getLogger(name).setLevel(logging.ERROR)
     if path or uri.startswith(DATABASES):
         from mlflow.store.db import utils
