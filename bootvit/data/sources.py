@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from bootvit.addresses import public_address
+from bootvit.addresses import public_address, wrong_with
 from bootvit.config import DataConfig, pair
 from bootvit.data import cifar, folders, parquet
 from bootvit.data.cache import remembered
@@ -23,7 +23,7 @@ from bootvit.data.decode import BrokenImage, decode, encode_png, header_size
 from bootvit.data.found import Found, relabel
 from bootvit.data.fractions import by_hash
 from bootvit.data.notes import class_notes, orientation_notes, test_notes
-from bootvit.data.stores import ADDRESS, StorePath, open_root, wrong_with
+from bootvit.data.stores import ADDRESS, StorePath, open_root
 from bootvit.data.table import (
     RGB,
     ArrowImages,

@@ -21,7 +21,8 @@ from bootvit.data.sources import IMAGENET
 from bootvit.data.table import RGB
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World, count
-from bootvit.models.agent import HeadTapConv, head_taps, resnet_stem
+from bootvit.models.agent import HeadTapConv, resnet_stem
+from bootvit.models.shapes import head_taps
 from bootvit.models.shared import SharedMixer
 from bootvit.models.vit import sparse_weights
 from bootvit.objective import block_hint, kd_loss
