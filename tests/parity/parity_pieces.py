@@ -14,7 +14,8 @@ from PIL import Image
 from timm.layers import Attention
 
 from bootvit.config import DataConfig, ScheduleConfig, pair
-from bootvit.data import Preparation, open_splits, preprocess
+from bootvit.data import Preparation, open_splits
+from bootvit.data.batches import preprocess
 from bootvit.data.cifar import MEAN, STD
 from bootvit.data.fractions import reference_picks
 from bootvit.data.sources import IMAGENET
