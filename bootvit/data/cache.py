@@ -198,7 +198,7 @@ def not_written_named(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as err:
-        free = f"; {shutil.disk_usage(folder).free >> 20} MiB are free there" if folder.is_dir() else ""
+        free = f"; {shutil.disk_usage(folder).free >> 20} MiB are free there" if os.path.isdir(folder) else ""
         raise RunFailed(
             f"{folder}: the cache cannot be written ({err.strerror or err}{free}): "
             "make room, or set BOOTVIT_CACHE to another folder"

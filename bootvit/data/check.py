@@ -7,11 +7,11 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -27,6 +27,7 @@ CHUNK = 64  # images that a process is given at a time
 _table: ImageTable | None = None  # in a reading process: inherited, because a table is no small message
 
 Size = tuple[int, int]  # (rows, columns) of an image
+T = TypeVar("T")
 
 
 class Checked(NamedTuple):
@@ -45,7 +46,7 @@ def check(table: ImageTable, what: str, processes: int | None = None) -> Checked
         return Checked(len(table), {}, Counter({(rows, cols): len(table)}), {(rows, cols): 0})
     if isinstance(table.images, ParquetImages) and table.images.stored:
         table = copied(table)
-    return merged(_bar(_read_all(table, processes or os.cpu_count() or 1), len(table), what))
+    return merged(bar(_read_all(table, processes or os.cpu_count() or 1), lambda part: part.images, len(table), what))
 
 
 def copied(table: ImageTable) -> ImageTable:
@@ -133,8 +134,8 @@ def _read(rows: Rows) -> Checked:
     return found
 
 
-def _bar(parts: Iterator[Checked], total: int, what: str) -> Iterator[Checked]:
-    """The same, with a bar on stderr where that is a terminal."""
+def bar(parts: Iterable[T], images: Callable[[T], int], total: int, what: str) -> Iterator[T]:
+    """The same, with a bar on stderr where that is a terminal; `images` says how many are in a part."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -142,7 +143,7 @@ def _bar(parts: Iterator[Checked], total: int, what: str) -> Iterator[Checked]:
     with Progress(*columns, console=Console(stderr=True), disable=not sys.stderr.isatty()) as progress:
         task = progress.add_task(what, total=total)
         for part in parts:
-            progress.advance(task, part.images)
+            progress.advance(task, images(part))
             yield part
 
 

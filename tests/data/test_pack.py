@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
 from collections import Counter
 from pathlib import Path
 
@@ -10,7 +12,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from data_making import config, data_config, write_folder, write_small_parquet
+from data_making import config, data_config, picture, write_folder, write_small_parquet
+from PIL import Image
 
 from bootvit.config import Config
 from bootvit.data import open_splits
@@ -111,3 +114,44 @@ def test_real_jpegs_give_the_same_pixels_packed(shared_data: Path, tmp_path: Pat
     after = config(source="parquet", root=tmp_path / "out", **values)
     for left, right in zip(everything(before), everything(after), strict=True):
         assert torch.equal(left, right)
+
+
+def test_the_number_of_threads_changes_no_byte(tmp_path: Path) -> None:
+    write_folder(tmp_path / "in", "train", {"a": 120, "b": 90}, size=(16, 16))
+    data = data_config(source="imagefolder", root=tmp_path / "in")
+    for threads in (1, 5):
+        pack(data, tmp_path / str(threads), group_bytes=3000, file_bytes=20_000, threads=threads)
+    files = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(files) > 3
+    for name in files:
+        assert (tmp_path / "1" / name).read_bytes() == (tmp_path / "5" / name).read_bytes()
+
+
+def test_the_layout_is_hugging_faces(tmp_path: Path) -> None:
+    """As its `datasets` writes images: it reads their columns by these features."""
+    write_folder(tmp_path / "in", "train", {"a": 2, "b": 1}, size=(16, 16))
+    pack(data_config(source="imagefolder", root=tmp_path / "in"), tmp_path / "out")
+    table = pq.read_table(tmp_path / "out" / "train-00000.parquet")
+    features = json.loads(table.schema.metadata[b"huggingface"])["info"]["features"]
+    assert features == {
+        "image": {"_type": "Image"},
+        "label": {"names": ["a", "b"], "_type": "ClassLabel"},
+        "key": {"dtype": "string", "_type": "Value"},
+    }
+    for row in table.to_pylist():
+        data = (tmp_path / "in" / "train" / row["key"]).read_bytes()
+        assert row["image"] == {"bytes": data, "path": row["key"].split("/")[1]}
+        assert row["key"].startswith("ab"[row["label"]] + "/")
+
+
+@pytest.mark.parametrize(("ending", "codec"), [("jpg", "UNCOMPRESSED"), ("bmp", "ZSTD")])
+def test_only_what_shrinks_is_compressed(tmp_path: Path, ending: str, codec: str) -> None:
+    for label in "ab":
+        (tmp_path / "in" / "train" / label).mkdir(parents=True)
+        for i in range(3):
+            image = Image.open(io.BytesIO(picture(i, 40, 40)))
+            image.save(tmp_path / "in" / "train" / label / f"{i}.{ending}")
+    pack(data_config(source="imagefolder", root=tmp_path / "in"), tmp_path / "out")
+    group = pq.read_metadata(tmp_path / "out" / "train-00000.parquet").row_group(0)
+    codecs = {group.column(i).path_in_schema: group.column(i).compression for i in range(group.num_columns)}
+    assert codecs == {"image.bytes": codec, "image.path": "ZSTD", "label": "ZSTD", "key": "ZSTD"}
