@@ -18,10 +18,11 @@ from bootvit.config import Config, Network, ScheduleConfig
 from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed
 from bootvit.models import Features
+from bootvit.models.checks import parts_of
 from bootvit.models.sync import synchronise_norms
 from bootvit.models.vit import vit_features
 from bootvit.models.zoo import build_agent, build_vit
-from bootvit.objective import LossTerms, loss_terms, total_loss
+from bootvit.objective import LossTerms, loss_terms, mean_terms, total_loss
 from bootvit.optim import (
     build_optimizer,
     climb,
@@ -103,7 +104,9 @@ class Learner:
             self.networks = synchronise_norms(self.networks, world.device)
         self.groups = self._groups()
         self.term_names = self._term_names()
-        self._forward = self._wrap()
+        self._ddp = self._across_workers()
+        forward: Any = self._ddp or self.networks
+        self._forward = torch.compile(forward) if config.compile else forward
 
     # ------------------------------------------------------------------------------------------ set-up
 
@@ -142,17 +145,16 @@ class Learner:
             names += [f"{net}/{t}" for t in terms if getattr(weights, t)] + [f"{net}/loss"]
         return names
 
-    def _wrap(self) -> Any:
-        forward: Any = self.networks
-        if self.world.size > 1:
-            idle = self.config.objective.vit.kd == 0 or len(self.config.networks) == 1  # a DeiT's second head
-            forward = DistributedDataParallel(
-                self.networks,
-                device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
-                broadcast_buffers=False,
-                find_unused_parameters=idle and getattr(self.networks.vit, "head_dist", None) is not None,
-            )
-        return torch.compile(forward) if self.config.compile else forward
+    def _across_workers(self) -> DistributedDataParallel | None:
+        if self.world.size == 1:
+            return None
+        idle = self.config.objective.vit.kd == 0 or len(self.config.networks) == 1  # a DeiT's second head
+        return DistributedDataParallel(
+            self.networks,
+            device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
+            broadcast_buffers=False,
+            find_unused_parameters=idle and getattr(self.networks.vit, "head_dist", None) is not None,
+        )
 
     # ------------------------------------------------------------------------------------------ a step
 
@@ -179,16 +181,31 @@ class Learner:
         return linear_decay(epoch, self.config.schedule.epochs) if self.config.objective.hint_decay == "linear" else 1.0
 
     def _backward(self, batch: Batch, share: float, epoch: int) -> tuple[dict[Network, LossTerms], list[Tensor]]:
+        """Gradients of the batch, and its terms: the mean over its parts, each weighted by its number of images."""
         for group in self.groups:
             group.optimizer.zero_grad(set_to_none=True)
-        with self._autocast():
-            terms: dict[Network, LossTerms] = self._forward(batch.images, batch.labels)
-        decay, objective = self.decay(epoch), self.config.objective
-        # DDP averages over workers: weighting by the share of the batch makes uneven shares exact
-        loss = total_loss(terms, objective, decay) * (share * self.world.size)
-        loss.backward()  # type: ignore[no-untyped-call]
-        losses = [terms[net].total(getattr(objective, net), decay) for net in terms]
-        return terms, [loss for loss in losses if loss is not None]
+        count = parts_of(batch.global_size, self.world.size, self.config.optim.accumulate)  # on every worker alike
+        parts = zip(batch.images.tensor_split(count), batch.labels.tensor_split(count), strict=True)
+        found = []
+        for left, (images, labels) in reversed(list(enumerate(parts))):  # the first one has images
+            if not len(labels):  # of which all were broken
+                continue
+            weight = len(labels) / len(batch.labels)
+            with self._reducing(last=left == 0):
+                with self._autocast():
+                    terms: dict[Network, LossTerms] = self._forward(images, labels)
+                # DDP averages over workers: weighting by the share of the batch makes uneven shares exact
+                loss = total_loss(terms, self.config.objective, self.decay(epoch)) * (share * self.world.size * weight)
+                loss.backward()  # type: ignore[no-untyped-call]
+            found.append((weight, terms))
+        mean = {net: mean_terms([(weight, terms[net]) for weight, terms in found]) for net in self.config.networks}
+        losses = [mean[net].total(getattr(self.config.objective, net), self.decay(epoch)) for net in mean]
+        return mean, [loss for loss in losses if loss is not None]
+
+    def _reducing(self, *, last: bool) -> AbstractContextManager[None]:
+        """Workers exchange the gradients of a batch once, with its last part."""
+        ddp = self._ddp
+        return nullcontext() if last or ddp is None else ddp.no_sync()
 
     def _update(self, step: int, progress: float) -> None:
         optim = self.config.optim

@@ -4,6 +4,7 @@ For network m with peer p:  ce_m CE + kd_m T^2 KL(softmax(p/T) || softmax(m/T)) 
 MSE(LN(m's map), LN(p's map)); the peer's side is detached, and a term of weight zero is not computed.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
@@ -46,6 +47,14 @@ def loss_terms(
     if weights.hint:
         hint = hint_loss(student.blocks, peer.blocks, objective.hint_pool, objective.hint_norm)
     return LossTerms(ce, kd, hint)
+
+
+def mean_terms(parts: Sequence[tuple[float, LossTerms]]) -> LossTerms:
+    """One network's terms of a batch from those of its parts, each with its weight; detached."""
+    if len(parts) == 1:
+        return parts[0][1]
+    terms = [LossTerms(*(None if t is None else weight * t.detach() for t in own)) for weight, own in parts]
+    return LossTerms(*(None if each[0] is None else sum(each[1:], start=each[0]) for each in zip(*terms, strict=True)))
 
 
 def total_loss(terms: dict[Network, LossTerms], objective: ObjectiveConfig, decay: float) -> Tensor:

@@ -27,6 +27,7 @@ FREE_ON_RESUME = (
     "data.workers",
     "data.eval_batch_size",
     "compile",
+    "model.checkpoint_blocks",
 )
 
 

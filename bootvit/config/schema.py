@@ -84,6 +84,9 @@ class ModelConfig(Section):
     """The networks, and how fresh ones are initialised."""
 
     init: Literal["timm", "reference"] = Field("timm", description="reference: patches and MLP biases at std 1")
+    checkpoint_blocks: bool = Field(
+        False, description="keep only each block's input for the backward pass, and compute the block again there"
+    )
     vit: ViTConfig = ViTConfig()
     agent: AgentConfig = AgentConfig()
 
@@ -153,6 +156,9 @@ class OptimConfig(Section):
     clip_norm: Positive | None = Field(None, description="largest L2 norm of a network's gradient; null: no clipping")
     clip_when: Literal["every", "first_step"] = Field("every", description="first_step: only step 0, as the reference")
     clip_scope: Literal["all", "vit"] = Field("all", description="shared: vit leaves the agent's own weights unclipped")
+    accumulate: int = Field(
+        1, ge=1, description="parts in which a step's images pass the networks, one after the other: less memory"
+    )
     sam_rho: Positive | None = Field(None, description="radius of sharpness-aware minimisation; null: off")
     sam_clip: bool = Field(True, description="clip the sharpness-aware gradient; the reference does not")
     agent: AgentOptimConfig = AgentOptimConfig()
@@ -287,6 +293,17 @@ class Config(Section):
                 f"data.batch_size={self.data.batch_size} is smaller than ray.num_workers={self.ray.most}: "
                 "every worker needs an image"
             )
+        if self.data.batch_size < self.ray.most * self.optim.accumulate:
+            raise ValueError(
+                f"data.batch_size={self.data.batch_size} is smaller than optim.accumulate={self.optim.accumulate} "
+                f"times ray.num_workers={self.ray.most}: every part needs an image"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _blocks_are_computed_again_uncompiled(self) -> Self:
+        if self.model.checkpoint_blocks and self.compile:
+            raise ValueError("model.checkpoint_blocks=true: the compiler decides itself what to keep; compile=false")
         return self
 
 

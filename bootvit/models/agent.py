@@ -3,12 +3,15 @@
 D width, H heads. Maps are (batch, D, rows, cols) inside and (batch, rows, cols, D) in `Features.blocks`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from bootvit.models import Features
 from bootvit.models.shapes import Tap
@@ -49,6 +52,30 @@ class ConvMLP(nn.Sequential):
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__(nn.Conv2d(width, hidden, 1), nn.GELU(), nn.Dropout(dropout), nn.Conv2d(hidden, width, 1))
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)`, of which only `x` is kept: the backward pass computes it again, with the same dropout masks.
+
+    What BatchNorm has counted the first time it does not count again.
+    """
+    out: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=lambda: (nullcontext(), _uncounted(block)))
+    return out
+
+
+@contextmanager
+def _uncounted(block: nn.Module) -> Iterator[None]:
+    """Batch norms normalise with the batch's statistics, and none of it enters the running ones."""
+    norms = [module for module in block.modules() if isinstance(module, _BatchNorm)]
+    before = [(norm, norm.momentum, norm.num_batches_tracked) for norm in norms]
+    for norm in norms:
+        norm.momentum = 0.0
+        norm.num_batches_tracked = norm.num_batches_tracked.clone() if norm.num_batches_tracked is not None else None
+    try:
+        yield
+    finally:
+        for norm, momentum, count in before:
+            norm.momentum, norm.num_batches_tracked = momentum, count
 
 
 class AgentBlock(nn.Module):
@@ -109,13 +136,14 @@ class Agent(nn.Module):
         self.downsample = frozenset(downsample)
         self.norm = nn.BatchNorm2d(width)
         self.head = nn.Linear(width, num_classes)
+        self.recompute = False  # each block in the backward pass, instead of keeping what is inside
 
     def forward(self, images: Tensor) -> Features:
         """`images` (batch, 3, rows, cols) in [normalised RGB]."""
         x = self.stem(images)  # (batch, D, rows, cols)
         maps: list[Tensor] = []
         for i, block in enumerate(self.blocks):
-            x = block(x)
+            x = recomputed(block, x) if self.recompute and self.training else block(x)
             maps.append(x.permute(0, 2, 3, 1))
             if i in self.downsample:
                 x = F.avg_pool2d(x, 2)

@@ -41,6 +41,8 @@ def _check_agent(config: Config) -> None:
         if not timm.is_model(cfg.name):
             raise UserError(f"model.agent.name={cfg.name!r}: expected agent_small, agent_base or a CNN of timm")
         check_tag("model.agent.name", cfg.name)
+        if config.model.checkpoint_blocks:
+            raise UserError(f"model.checkpoint_blocks=true: {cfg.name} is a CNN of timm, without blocks of ours")
         if config.method == "shared":
             raise UserError(
                 f"model.agent.name={cfg.name!r} cannot share the ViT's weights: use agent_small or agent_base"
@@ -110,20 +112,28 @@ def check_batches(config: Config, train_images: int) -> None:
     `train_images` is the number of images that the run trains on: a batch is at most so large.
     """
     workers, batch = config.ray.most, min(config.data.batch_size, train_images)
-    if "agent" not in config.networks or batch // workers != 1 or (config.model.agent.sync_norm and workers > 1):
-        return  # with sync_norm every BatchNorm sees the shares of all workers
-    if _norms_take_one_image(config):
+    passes = workers * parts_of(batch, workers, config.optim.accumulate)  # of images, each with statistics of its own
+    together = config.model.agent.sync_norm and workers > 1  # every BatchNorm sees the shares of all workers
+    if "agent" not in config.networks or batch // passes != 1 or together or _norms_take_one_image(config):
         return
-    if config.data.batch_size < 2 * workers:
+    if config.data.batch_size < 2 * passes:
         given = f"data.batch_size={config.data.batch_size}"
     else:
         given = f"data.batch_size={config.data.batch_size} of {train_images} training images"
-    share = f"{given} with ray.num_workers={workers}" if workers > 1 else given
+    by = [f"ray.num_workers={workers}"] * (workers > 1) + [f"optim.accumulate={config.optim.accumulate}"] * (
+        config.optim.accumulate > 1
+    )
+    share = f"{given} with {' and '.join(by)}" if by else given
     raise UserError(
         f"{share} leaves a worker one image, and BatchNorm of model.agent.name={config.model.agent.name} then sees "
         "one value per channel, its map being 1x1: it needs two images a worker"
-        + (f", such as data.batch_size={2 * workers}" if train_images >= 2 * workers else "")
+        + (f", such as data.batch_size={2 * passes}" if train_images >= 2 * passes else "")
     )
+
+
+def parts_of(batch: int, workers: int, accumulate: int) -> int:
+    """The parts in which every worker takes its share of a batch: as asked for, as far as each has an image."""
+    return min(accumulate, max(batch // workers, 1))
 
 
 def _norms_take_one_image(config: Config) -> bool:

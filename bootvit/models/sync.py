@@ -51,8 +51,9 @@ class AllReduceBatchNorm2d(nn.BatchNorm2d):
         assert self.running_var is not None
         assert self.num_batches_tracked is not None
         self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum or 0.1)
-        self.running_var.lerp_(var * total / (total - 1), self.momentum or 0.1)
+        momentum = 0.1 if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean, momentum)
+        self.running_var.lerp_(var * total / (total - 1), momentum)
 
 
 def synchronise_norms(module: M, device: torch.device) -> M:

@@ -33,6 +33,7 @@ def build_vit(config: Config, num_classes: int) -> VisionTransformer:
         model.set_distilled_training(True)
     if config.model.init == "reference":
         init_as_reference(model)
+    model.set_grad_checkpointing(config.model.checkpoint_blocks)
     return model
 
 
@@ -82,6 +83,7 @@ def build_agent(config: Config, num_classes: int, vit: VisionTransformer | None)
     )
     agent = Agent(stem, blocks, cfg.downsample, shape.width, num_classes)
     init_agent(agent, config.model.init)
+    agent.recompute = config.model.checkpoint_blocks
     return agent
 
 
