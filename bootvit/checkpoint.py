@@ -230,7 +230,10 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: State) -> None:
     """Inverse of `optimizer_state`; moments lie in memory as their weights do."""
     state = {int(i): moments for i, moments in saved["state"].items()}
-    optimizer.load_state_dict({"state": state, "param_groups": saved["groups"]})
+    # how it is computed is this process's choice, and no part of what was saved
+    own = [{"fused": group["fused"], "foreach": group["foreach"]} for group in optimizer.param_groups]
+    groups = [group | ours for group, ours in zip(saved["groups"], own, strict=True)]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:

@@ -47,10 +47,11 @@ def network_schedule(schedule: ScheduleConfig, network: Network, joint: bool) ->
 
 
 def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (decay on every parameter, as in the paper) or SGD."""
+    """AdamW (decay on every parameter, as in the paper) or SGD; fused: one pass over memory, on the CPU and on CUDA."""
     if optim.name == "sgd":
-        return torch.optim.SGD(parameters, lr=optim.lr, momentum=optim.momentum, weight_decay=optim.weight_decay)
-    return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay)
+        decay, momentum = optim.weight_decay, optim.momentum
+        return torch.optim.SGD(parameters, lr=optim.lr, momentum=momentum, weight_decay=decay, fused=True)
+    return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> None:

@@ -7,7 +7,7 @@ from torch import nn
 
 from bootvit.config import OptimConfig, ScheduleConfig
 from bootvit.learner import Learner
-from bootvit.optim import climb, learning_rate, linear_decay, network_optim, put_back
+from bootvit.optim import build_optimizer, climb, learning_rate, linear_decay, network_optim, put_back
 
 
 def test_cosine_per_epoch_is_torchs_scheduler() -> None:
@@ -68,6 +68,37 @@ def test_climb_moves_by_rho_along_the_gradient_and_back() -> None:
     assert torch.dot(moved, gradient) / moved.norm() / gradient.norm() == pytest.approx(1.0, rel=1e-9)
     put_back(weights, old)
     assert all(torch.equal(w, b) for w, b in zip(weights, before, strict=True))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_the_fused_optimisers_are_their_formulas(name: str) -> None:
+    """Also where weights lie in memory channels last; five steps in float64."""
+    optim = OptimConfig(name=name, lr=0.01, weight_decay=0.1, momentum=0.9)  # type: ignore[arg-type]
+    shapes = [(5, 3, 3, 3), (7, 5), (7,)]
+    weights = [nn.Parameter(torch.randn(shape, dtype=torch.float64)) for shape in shapes]
+    weights[0] = nn.Parameter(weights[0].detach().to(memory_format=torch.channels_last))
+    slow = [w.detach().clone().contiguous() for w in weights]
+    first = [torch.zeros_like(w) for w in slow]
+    second = [torch.zeros_like(w) for w in slow]
+    optimizer = build_optimizer(weights, optim)
+    for step in range(1, 6):
+        gradients = [torch.randn(shape, dtype=torch.float64) for shape in shapes]
+        for w, g in zip(weights, gradients, strict=True):
+            w.grad = torch.empty_like(w).copy_(g)
+        optimizer.step()
+        for w, g, m, v in zip(slow, gradients, first, second, strict=True):
+            if name == "sgd":
+                decayed = g + 0.1 * w
+                m.copy_(decayed if step == 1 else 0.9 * m + decayed)
+                w.sub_(0.01 * m)
+            else:
+                w.mul_(1 - 0.01 * 0.1)
+                m.copy_(0.9 * m + 0.1 * g)
+                v.copy_(0.999 * v + 0.001 * g**2)
+                w.sub_(0.01 * (m / (1 - 0.9**step)) / ((v / (1 - 0.999**step)).sqrt() + 1e-8))
+    assert all(group["fused"] for group in optimizer.param_groups)
+    for w, wanted in zip(weights, slow, strict=True):
+        torch.testing.assert_close(w.detach(), wanted, rtol=1e-12, atol=1e-12)
 
 
 def gradient_norms(config_changes: dict[str, object], steps: int) -> list[list[float]]:
