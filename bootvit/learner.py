@@ -19,6 +19,7 @@ from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed
 from bootvit.models import Features
 from bootvit.models.checks import parts_of
+from bootvit.models.dropout import use_byte_dropout
 from bootvit.models.sync import synchronise_norms
 from bootvit.models.vit import vit_features
 from bootvit.models.zoo import build_agent, build_vit
@@ -100,6 +101,8 @@ class Learner:
         self.config, self.world = config, world
         networks = Networks(config, num_classes).to(memory_format=torch.channels_last)
         self.networks = networks.to(world.device, PRECISIONS[config.precision])
+        if world.device.type == "cpu" and not config.compile:  # a compiler fuses torch's own into its kernels
+            use_byte_dropout(self.networks)
         if config.model.agent.sync_norm and world.size > 1:
             self.networks = synchronise_norms(self.networks, world.device)
         self.groups = self._groups()
