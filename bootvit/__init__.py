@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-try:
-    from bootvit.models import zoo as _zoo  # noqa: F401  importing it registers our sizes with timm
-except KeyboardInterrupt:  # importing torch takes seconds: Ctrl-C meanwhile ends the command line as it does later
-    if sys.argv[0] != "-m" and not sys.argv[0].endswith("/bootvit"):
-        raise
-    print("bootvit: interrupted", file=sys.stderr)
-    raise SystemExit(130) from None
+from bootvit.timm_names import register_with_timm
 
 if TYPE_CHECKING:
     from ray.tune import ResultGrid
 
-try:
-    __version__ = version("bootvit")
-except PackageNotFoundError:  # run from a folder, not installed
-    __version__ = "0+source"
+register_with_timm()
 
 __all__ = ["__version__", "sweep"]
 
@@ -31,3 +20,15 @@ def sweep(name: str, overrides: Sequence[str] = (), **how: Any) -> ResultGrid:
     from tune.run.driver import sweep as run
 
     return run(name, overrides, **how)
+
+
+def __getattr__(name: str) -> str:
+    """`__version__`, looked up when it is asked for."""
+    if name != "__version__":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("bootvit")
+    except PackageNotFoundError:  # run from a folder, not installed
+        return "0+source"

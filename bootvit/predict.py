@@ -12,7 +12,9 @@ import pyarrow as pa
 import torch
 
 from bootvit.config import Config, override
-from bootvit.data import DataFacts, EvalBatches, ImageTable, Subset
+from bootvit.data import DataFacts, ImageTable, Subset
+from bootvit.data.batches import EvalBatches
+from bootvit.data.keys import by_hash
 from bootvit.data.listing import Passed, images_below
 from bootvit.data.table import FileImages, printable
 from bootvit.errors import RunFailed, UserError
@@ -68,9 +70,10 @@ def of_files(paths: Sequence[Path], facts: DataFacts) -> Subset:
     """Files as a data set; an image's label is its place."""
     places = np.arange(len(paths), dtype=np.int64)
     rows = pa.table({"label": places, "key": pa.array([printable(path) for path in paths], pa.string())})
+    order = by_hash(rows["key"])
     files = FileImages(Path(), pa.array([os.fsencode(path) for path in paths], pa.binary()))
     mean, std = facts.preparation.mean, facts.preparation.std
-    return Subset(ImageTable(rows, files, facts.classes, mean, std, "", native=None, auto="area"), places)
+    return Subset(ImageTable(rows, order, files, facts.classes, mean, std, "", native=None, auto="area"), places)
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 import os
-import signal
 import sys
 import threading
 import time
@@ -20,7 +19,7 @@ import torch
 
 from bootvit import checkpoint
 from bootvit.addresses import public
-from bootvit.asks import on_signals, say_stopping
+from bootvit.asks import on_signals, raise_on_sigterm, say_stopping
 from bootvit.config import Config, override, validate, whole
 from bootvit.data import DataSplits, facts_of, open_splits
 from bootvit.errors import RunFailed, UserError
@@ -29,7 +28,7 @@ from bootvit.idle import warn_of_idle_keys
 from bootvit.learner import World
 from bootvit.load import load_config
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
-from bootvit.models.zoo import check_batches
+from bootvit.models.checks import check_batches
 from bootvit.progress import follow_progress
 from bootvit.ray_connection import check_address, one_line_for, session_folder
 from bootvit.result import Result, RunStatus, new_result, read_result
@@ -201,16 +200,6 @@ def pick_device(use_gpu: bool | None) -> torch.device:
 
 
 # ------------------------------------------------------------------------------------------ under Ray Train
-
-
-def raise_on_sigterm() -> None:
-    """A polite kill ends a run like Ctrl-C: recorded as interrupted."""
-
-    def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
 
 
 def connect_ray(cpus: float) -> None:
