@@ -52,6 +52,16 @@ class Agreement:
         return agreed
 
 
+def raise_on_sigterm() -> None:
+    """A polite kill ends a run like Ctrl-C: recorded as interrupted."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
+
+
 @contextmanager
 def on_signals(first: Callable[[], None]) -> Iterator[None]:
     """Ctrl-C or SIGTERM calls `first`, and a second one raises KeyboardInterrupt; in the main thread only."""

@@ -57,9 +57,9 @@ def train(
     take_over: Annotated[bool, typer.Option("--take-over", help="also from a process that trains it now")] = False,
 ) -> None:
     """Train one run."""
+    from bootvit.driver import train as run
     from bootvit.load import load_config
     from bootvit.progress import print_result
-    from bootvit.train import train as run
 
     checked = load_config(config, overrides or [])
     print_result(run(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over))

@@ -15,10 +15,10 @@ from bootvit.config import Config, override
 from bootvit.data import DataFacts, EvalBatches, ImageTable, Subset
 from bootvit.data.listing import Passed, images_below
 from bootvit.data.table import FileImages, printable
+from bootvit.driver import pick_device
 from bootvit.errors import RunFailed, UserError
 from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner, World
-from bootvit.train import pick_device
 
 Row = dict[str, Any]
 
