@@ -9,7 +9,6 @@ import typer
 
 from bootvit.output import print_json
 
-
 app = typer.Typer(
     name="bootvit",
     help="Train a vision Transformer from scratch on little data, with the agent CNN that mirrors it.\n\n"
@@ -395,6 +394,22 @@ def data_fraction(
             typer.echo(key)
         return
     _print_facts(fraction_report(data), as_json)
+
+
+@data_app.command("suggest")
+def data_suggest(
+    place: Annotated[str, typer.Argument(metavar="FOLDER|CONFIG", help="a folder of images, or a config with data")],
+    overrides: Overrides = None,
+) -> None:
+    """Print a config that fits your images: their size, patch, width and epochs, and why.
+
+    Example: bootvit data suggest flowers/ > flowers.yaml
+
+    Next: bootvit train flowers.yaml --local
+    """
+    from bootvit.data.suggest import suggest
+
+    typer.echo(suggest(place, overrides or []), nl=False)
 
 
 @app.command()

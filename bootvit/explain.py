@@ -66,7 +66,7 @@ def _parts(schema: type[Section], defaults: BaseModel | None, name: str) -> Iter
         keys.append(Key(full, kind, _as_yaml(default), info.description or "", ", ".join(_readers(schema, field))))
     yield Part(name, " ".join((schema.__doc__ or "").split()), keys)
     for section, default, full in below:
-        yield from _parts(section, default, full)
+        yield from _parts(section, default if isinstance(default, BaseModel) else None, full)
 
 
 def _readers(schema: type[Section], field: str) -> list[str]:
@@ -115,7 +115,9 @@ def explain(key: str | None) -> str:
         if key is None or one.name == key or one.name.startswith(f"{key}.")
     ]
     if not found:
-        raise UserError(f"unknown key {key!r}{suggest(Config, (key or '').split('.'))}")
+        path = (key or "").split(".")
+        schema = SweepFile if path[0] in SweepFile.model_fields else Config
+        raise UserError(f"unknown key {key!r}{suggest(schema, path)}")
     return "\n\n".join(found)
 
 

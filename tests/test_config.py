@@ -58,7 +58,11 @@ def test_places_are_resolved_where_the_command_was_started(tmp_path: Path, monke
         ("seed: 1\nseed: 2", [], "'seed' is given twice"),
         ("a: [", [], "not valid YAML"),
         ("extends: nowhere.yaml", [], "extends 'nowhere.yaml'"),
-        ("extends: digits/jiont", [], "nor a shipped config of that name exists; the nearest shipped one is 'digits/joint'"),
+        (
+            "extends: digits/jiont",
+            [],
+            "nor a shipped config of that name exists; the nearest shipped one is 'digits/joint'",
+        ),
         ("extends: x.yaml", [], "extends itself"),
         ("", ["optim.lr"], "expected KEY=VALUE"),
         ("", ["optim.lr=-1"], "override 'optim.lr=-1'"),
