@@ -17,10 +17,10 @@ from bootvit.data.batches import EvalBatches
 from bootvit.data.keys import by_hash
 from bootvit.data.listing import Passed, images_below
 from bootvit.data.table import FileImages, printable
+from bootvit.driver import pick_device
 from bootvit.errors import RunFailed, UserError
 from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner, World
-from bootvit.train import pick_device
 
 Row = dict[str, Any]
 

@@ -6,7 +6,7 @@ import os
 import time
 
 from bootvit.errors import UserError
-from bootvit.train import connect_ray, importlib_missing
+from bootvit.ray_workers import connect_ray, importlib_missing
 from cluster.capacity import check_cluster, has_autoscaler, live_nodes, trial_workers, trials_at_once
 from cluster.probe import check_nodes, places_of
 from tune.spec.schema import Sweep

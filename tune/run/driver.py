@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from bootvit.addresses import public
 from bootvit.config import Config, override
 from bootvit.errors import UserError
+from bootvit.ray_workers import importlib_missing
 from bootvit.runs import claim
 from bootvit.tracking import check_tracking
-from bootvit.train import importlib_missing
 from tune.decide.budget import Budget, Spent
 from tune.decide.conductor import Conductor
 from tune.decide.log import ENDED, Log, Trial, read_events

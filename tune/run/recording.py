@@ -9,12 +9,12 @@ from typing import Any, Literal
 
 from bootvit.config import Config
 from bootvit.files import write_json
+from bootvit.ray_workers import importlib_missing
 from bootvit.result import Accuracy, Result, RunStatus, new_result, read_result
 from bootvit.runs import claim, take_lease
 from bootvit.tracking import SweepRun, mlflow_available, tracking_uri
 from bootvit.tracking.follow import PATIENCE_S, within
 from bootvit.tracking.tags import git_commit
-from bootvit.train import importlib_missing
 from tune.decide.log import ENDED, Trial, Trials
 from tune.decide.select import is_number
 from tune.run.data import fingerprints

@@ -13,12 +13,13 @@ import ray
 
 from bootvit import checkpoint
 from bootvit.config import Config, validate
+from bootvit.driver import pick_device
 from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, epochs
+from bootvit.ray_workers import InThread, on_workers, train_worker, worker_job
 from bootvit.result import Result, read_result
 from bootvit.runs import RunFolder, claim, take_lease
 from bootvit.tracking import read_journal
-from bootvit.train import InThread, on_workers, pick_device, train_worker, worker_job
 from bootvit.worker_log import check_seen, worker_log
 from tune.run.job import Job, Report
 

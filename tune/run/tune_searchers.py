@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from bootvit.errors import RunFailed, UserError
-from bootvit.train import importlib_missing
+from bootvit.ray_workers import importlib_missing
 from tune.decide.log import Trial
 from tune.decide.search import MakeSearcher
 from tune.decide.select import summary
