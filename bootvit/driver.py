@@ -26,7 +26,8 @@ from bootvit.load import load_config
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
 from bootvit.models.checks import check_batches
 from bootvit.progress import follow_progress
-from bootvit.ray_workers import run_under_ray, start_ray
+from bootvit.ray_connection import start_ray
+from bootvit.ray_workers import run_under_ray
 from bootvit.result import Result, RunStatus, new_result, read_result
 from bootvit.runs import RunFolder, check_same_data, check_storage, claim
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version

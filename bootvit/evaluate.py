@@ -13,7 +13,8 @@ from bootvit.driver import pick_device
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.loop import check_evaluable, of_all_workers
-from bootvit.ray_workers import on_workers, ray_world, start_ray
+from bootvit.ray_connection import start_ray
+from bootvit.ray_workers import on_workers, ray_world
 from bootvit.weights import newest_state
 
 # what an evaluation may change: which images it counts, how fast and how precisely; the rest is the run's

@@ -11,56 +11,16 @@ from typing import Any
 
 import torch
 
-from bootvit.asks import on_signals, raise_on_sigterm, say_stopping
+from bootvit.asks import on_signals, say_stopping
 from bootvit.config import Config, validate, whole
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import World
 from bootvit.loop import EpochReport, TestUse, fit
-from bootvit.ray_connection import check_address, one_line_for, session_folder
 from bootvit.result import Result
 from bootvit.runs import RunFolder
 from bootvit.worker_log import worker_log
 
 START_S = 60.0  # seconds that Ray Train waits for its workers before it counts that as a failure
-
-
-def connect_ray(cpus: float) -> None:
-    """Connect to RAY_ADDRESS's cluster, or start a Ray here that has at least this many CPUs.
-
-    `UserError` within half a minute if no cluster is there, or a local one could not write its files.
-    """
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() takes about this long
-    import logging
-
-    import ray
-
-    if ray.is_initialized():
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := check_address():
-        with one_line_for(address):
-            ray.init(**quiet)
-    else:
-        cpus = max(os.cpu_count() or 1, math.ceil(cpus))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=session_folder(), **quiet)
-    raise_on_sigterm()  # Ray has put its own handler there
-
-
-def start_ray(config: Config) -> None:
-    """A Ray on which the run's workers fit; `UserError` if they do not, or if it is not installed."""
-    if importlib_missing("ray"):
-        raise UserError("Ray is not installed: pip install 'bootvit[ray]', or add --local")
-    from cluster.capacity import check_cluster, train_workers
-
-    connect_ray(config.ray.most * config.ray.cpus_per_worker)
-    check_cluster(train_workers(config), "the cluster")
-
-
-def importlib_missing(name: str) -> bool:
-    """Whether a package cannot be imported."""
-    from importlib.util import find_spec
-
-    return find_spec(name) is None
 
 
 def run_under_ray(config: Config, folder: RunFolder) -> Result:

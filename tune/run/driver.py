@@ -5,13 +5,13 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bootvit.addresses import public
 from bootvit.config import Config, override
 from bootvit.errors import UserError
-from bootvit.ray_workers import importlib_missing
 from bootvit.runs import claim
 from bootvit.tracking import check_tracking
 from tune.decide.budget import Budget, Spent
@@ -93,7 +93,7 @@ def checked(name: str, overrides: Sequence[str]) -> tuple[Sweep, list[Config]]:
     configs = check_space(sweep)
     check_resources(sweep)
     check_data(sweep, configs)
-    if importlib_missing("optuna") and sweep.file.algorithm == "optuna":
+    if find_spec("optuna") is None and sweep.file.algorithm == "optuna":
         raise UserError("Optuna is not installed: pip install 'bootvit[ray]'")
     check_searcher(sweep)
     return sweep, configs

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from bootvit.config import Config
 from bootvit.files import write_json
-from bootvit.ray_workers import importlib_missing
 from bootvit.result import Accuracy, Result, RunStatus, new_result, read_result
 from bootvit.runs import claim, take_lease
 from bootvit.tracking import SweepRun, mlflow_available, tracking_uri
@@ -126,7 +126,7 @@ class Recording:
 
     def report(self) -> list[Path]:
         """The report's files."""
-        if importlib_missing("matplotlib") or importlib_missing("sklearn"):
+        if find_spec("matplotlib") is None or find_spec("sklearn") is None:
             return []
         from bootvit.report import write_sweep_report
 
