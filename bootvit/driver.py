@@ -23,12 +23,12 @@ from bootvit.heartbeat import Heartbeat, check_nobody_writes
 from bootvit.idle import warn_of_idle_keys
 from bootvit.learner import World
 from bootvit.load import load_config
-from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
+from bootvit.loop import TestUse, check_evaluable, fit
 from bootvit.models.checks import check_batches
 from bootvit.progress import follow_progress
 from bootvit.ray_connection import start_ray
 from bootvit.ray_workers import run_under_ray
-from bootvit.result import Result, RunStatus, new_result, read_result
+from bootvit.result import EpochReport, Result, RunStatus, new_result, read_result
 from bootvit.runs import RunFolder, check_same_data, check_storage, claim
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 from bootvit.weights import check_weights

@@ -1,4 +1,7 @@
-"""Under Ray Train: a Ray to run on, and the loop on its workers, whose errors come back as the run's own."""
+"""Under Ray Train: the loop on its workers, whose errors come back as the run's own.
+
+Ray Train's own actor imports this module beside the workers: torch and the loop are imported only in those.
+"""
 
 from __future__ import annotations
 
@@ -7,18 +10,17 @@ import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from bootvit.asks import on_signals, say_stopping
 from bootvit.config import Config, validate, whole
 from bootvit.errors import RunFailed, UserError
-from bootvit.learner import World
-from bootvit.loop import EpochReport, TestUse, fit
-from bootvit.result import Result
-from bootvit.runs import RunFolder
-from bootvit.worker_log import worker_log
+from bootvit.result import EpochReport, Result
+
+if TYPE_CHECKING:
+    from bootvit.learner import World
+    from bootvit.loop import TestUse
+    from bootvit.runs import RunFolder
 
 START_S = 60.0  # seconds that Ray Train waits for its workers before it counts that as a failure
 
@@ -172,6 +174,9 @@ def train_worker(job: dict[str, Any]) -> Result | None:
     import ray.train
 
     from bootvit.coordinator import Watch
+    from bootvit.loop import fit
+    from bootvit.runs import RunFolder
+    from bootvit.worker_log import worker_log
 
     config = validate(Config, job["config"], "job")
     world, coordinator = ray_world(config), job["coordinator"]
@@ -198,7 +203,10 @@ def train_worker(job: dict[str, Any]) -> Result | None:
 def ray_world(config: Config) -> World:
     """This worker's place, from Ray Train; uses the CPUs that it was given."""
     import ray.train
+    import torch
     from ray.train.torch import get_device
+
+    from bootvit.learner import World
 
     torch.set_num_threads(max(1, int(config.ray.cpus_per_worker)))
     context = ray.train.get_context()

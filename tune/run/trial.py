@@ -15,9 +15,9 @@ from bootvit import checkpoint
 from bootvit.config import Config, validate
 from bootvit.driver import pick_device
 from bootvit.learner import World
-from bootvit.loop import EpochReport, TestUse, epochs
+from bootvit.loop import TestUse, epochs
 from bootvit.ray_workers import InThread, on_workers, train_worker, worker_job
-from bootvit.result import Result, read_result
+from bootvit.result import EpochReport, Result, read_result
 from bootvit.runs import RunFolder, claim, take_lease
 from bootvit.tracking import read_journal
 from bootvit.worker_log import check_seen, worker_log
