@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
@@ -16,18 +15,26 @@ except KeyboardInterrupt:  # importing torch takes seconds: Ctrl-C meanwhile end
     raise SystemExit(130) from None
 
 if TYPE_CHECKING:
-    from ray.tune import ResultGrid
+    from bootvit.api import Run, load_config, load_run, sweep, train
 
 try:
     __version__ = version("bootvit")
 except PackageNotFoundError:  # run from a folder, not installed
     __version__ = "0+source"
 
-__all__ = ["__version__", "sweep"]
+PUBLIC = ("Run", "load_config", "load_run", "sweep", "train")
+
+__all__ = ["Run", "__version__", "load_config", "load_run", "sweep", "train"]
 
 
-def sweep(name: str, overrides: Sequence[str] = (), **how: Any) -> ResultGrid:
-    """Run a sweep as `bootvit sweep` does, and return Ray Tune's ResultGrid; see `tune.run.driver.sweep`."""
-    from tune.run.driver import sweep as run
+def __getattr__(name: str) -> Any:
+    """The public functions, imported when they are asked for: `import bootvit` alone stays quick."""
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bootvit import api
 
-    return run(name, overrides, **how)
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *PUBLIC})
