@@ -24,7 +24,7 @@ from bootvit.idle import warn_of_idle_keys
 from bootvit.learner import World
 from bootvit.load import load_config
 from bootvit.loop import EpochReport, TestUse, check_evaluable, fit
-from bootvit.models.zoo import check_batches
+from bootvit.models.checks import check_batches
 from bootvit.progress import follow_progress
 from bootvit.ray_workers import run_under_ray, start_ray
 from bootvit.result import Result, RunStatus, new_result, read_result

@@ -14,7 +14,9 @@ import torch
 from PIL import Image
 
 from bootvit.config import Config, override
-from bootvit.data import DataFacts, EvalBatches, ImageTable, Subset
+from bootvit.data import DataFacts, ImageTable, Subset
+from bootvit.data.batches import EvalBatches
+from bootvit.data.keys import by_hash
 from bootvit.data.listing import Passed, images_below
 from bootvit.data.table import ArrowImages, FileImages, Images, printable
 from bootvit.driver import pick_device
@@ -105,7 +107,9 @@ def _as_subset(images: Images, keys: Sequence[str], facts: DataFacts) -> Subset:
     places = np.arange(len(keys), dtype=np.int64)
     rows = pa.table({"label": places, "key": pa.array(keys, pa.string())})
     mean, std = facts.preparation.mean, facts.preparation.std
-    return Subset(ImageTable(rows, images, facts.classes, mean, std, "", native=None, auto="area"), places)
+    return Subset(
+        ImageTable(rows, by_hash(rows["key"]), images, facts.classes, mean, std, "", native=None, auto="area"), places
+    )
 
 
 def _png(image: Image.Image) -> bytes:

@@ -13,7 +13,7 @@ from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Learner
 from bootvit.load import load_config, make_config
-from bootvit.models.zoo import check_batches
+from bootvit.models.checks import check_batches
 from bootvit.runs import check_storage
 from tune.run.data import check_data
 from tune.run.folder import check_folder

@@ -16,7 +16,8 @@ from PIL import Image
 from bootvit import checkpoint
 from bootvit.__main__ import main
 from bootvit.config import Config, merge
-from bootvit.data import DataFacts, EvalBatches, open_splits
+from bootvit.data import DataFacts, open_splits
+from bootvit.data.batches import EvalBatches
 from bootvit.driver import train
 from bootvit.errors import UserError
 from bootvit.evaluate import read_checkpoint

@@ -23,8 +23,8 @@ from tune.run.capacity import Room, actor_resources, check_resources, start_ray
 from tune.run.copying import copy_member
 from tune.run.data import check_data, plan
 from tune.run.folder import check_folder, claim_folder, read_state
+from tune.run.job import Job
 from tune.run.recording import Recording
-from tune.run.trial import Job
 from tune.run.tune_searchers import check_searcher, searcher_of
 from tune.run.winners import TEST_LOG, Tests
 from tune.spec.load import load_sweep
