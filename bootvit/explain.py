@@ -38,6 +38,7 @@ class Part(NamedTuple):
 
     name: str  # dotted; empty for the keys outside of sections
     meaning: str
+    read_by: tuple[str, ...]  # files
     keys: list[Key]
 
 
@@ -64,7 +65,7 @@ def _parts(schema: type[Section], defaults: BaseModel | None, name: str) -> Iter
             continue
         kind = _in_words(shapes[field])
         keys.append(Key(full, kind, _as_yaml(default), info.description or "", ", ".join(_readers(schema, field))))
-    yield Part(name, " ".join((schema.__doc__ or "").split()), keys)
+    yield Part(name, " ".join((schema.__doc__ or "").split()), schema.read_by, keys)
     for section, default, full in below:
         yield from _parts(section, default if isinstance(default, BaseModel) else None, full)
 
@@ -145,11 +146,12 @@ def markdown() -> str:
                     "",
                     part.meaning,
                 ]
-                lines += ["", "| key | type | default | meaning | read by |", "| --- | --- | --- | --- | --- |"]
+                lines += [f"Read by {', '.join(f'`{file}`' for file in part.read_by)}.", ""]
+                lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
                 lines += map(_row, part.keys)
     return "\n".join(lines) + "\n"
 
 
 def _row(key: Key) -> str:
     default = key.default if key.default == REQUIRED else f"`{key.default}`"
-    return f"| `{key.name}` | {key.kind} | {default} | {key.meaning} | {key.read_by} |"
+    return f"| `{key.name}` | {key.kind} | {default} | {key.meaning} |"

@@ -43,7 +43,7 @@ class Section(BaseModel):
 class ViTConfig(Section):
     """The student Transformer: a timm name, and what is to differ from it."""
 
-    read_by = ("bootvit/models/zoo.py", "bootvit/weights.py")
+    read_by = ("bootvit/models/zoo.py", "bootvit/models/shapes.py", "bootvit/weights.py")
     name: str = Field(
         "bootvit_small_patch16_224", description="The student's name in timm: any plain ViT, ours included."
     )
