@@ -13,7 +13,7 @@ from bootvit.files import write_json
 from bootvit.result import Accuracy, Result, RunStatus, new_result, read_result
 from bootvit.runs import claim, take_lease
 from bootvit.tracking import SweepRun, mlflow_available, tracking_uri
-from bootvit.tracking.follow import PATIENCE_S, within
+from bootvit.tracking.follow import patience, within
 from bootvit.tracking.tags import git_commit
 from tune.decide.log import ENDED, Trial, Trials
 from tune.decide.select import is_number
@@ -116,7 +116,7 @@ class Recording:
         """The end, in MLflow too; it was at `at` (seconds since 1970; None: now)."""
         self.close()
         if (parent := self._parent) is not None:
-            within(lambda: parent.finish(status, document, files, at), PATIENCE_S, parent.folder)
+            within(lambda: parent.finish(status, document, files, at), patience(parent.uri), parent.folder)
 
     def is_complete(self, document: Mapping[str, Any]) -> bool:
         """Whether MLflow has all of a finished sweep."""
