@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from bootvit.timm_names import register_with_timm
 
 if TYPE_CHECKING:
-    from ray.tune import ResultGrid
+    from bootvit.api import Run, load_config, load_run, sweep, train
+
+    __version__: str
 
 register_with_timm()
 
-__all__ = ["__version__", "sweep"]
+PUBLIC = ("Run", "load_config", "load_run", "sweep", "train")
+
+__all__ = ["Run", "__version__", "load_config", "load_run", "sweep", "train"]
 
 
-def sweep(name: str, overrides: Sequence[str] = (), **how: Any) -> ResultGrid:
-    """Run a sweep as `bootvit sweep` does, and return Ray Tune's ResultGrid; see `tune.run.driver.sweep`."""
-    from tune.run.driver import sweep as run
-
-    return run(name, overrides, **how)
-
-
-def __getattr__(name: str) -> str:
-    """`__version__`, looked up when it is asked for."""
-    if name != "__version__":
+def __getattr__(name: str) -> Any:
+    """The public functions and the version, looked up when they are asked for: `import bootvit` alone stays quick."""
+    if name == "__version__":
+        return _version()
+    if name not in PUBLIC:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bootvit import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
     from importlib.metadata import PackageNotFoundError, version
 
     try:

@@ -9,10 +9,12 @@ from bootvit import checkpoint
 from bootvit.config import Config, validate, whole
 from bootvit.data import DataFacts, DataSplits, open_splits
 from bootvit.data.batches import EvalBatches
+from bootvit.driver import pick_device
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.loop import check_evaluable, of_all_workers
-from bootvit.train import on_workers, pick_device, ray_world, start_ray
+from bootvit.ray_connection import start_ray
+from bootvit.ray_workers import on_workers, ray_world
 from bootvit.weights import newest_state
 
 # what an evaluation may change: which images it counts, how fast and how precisely; the rest is the run's

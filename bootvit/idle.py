@@ -14,7 +14,10 @@ from bootvit.models.shapes import mirrors
 from bootvit.optim import network_optim, network_schedule
 
 # what these say of a network that a method does not train is not the user's; reference.yaml counts only as a whole
-PRESETS = ("base", "baseline", "cifar10", "cifar10-tiny", "cifar100", "digits", "finetune", "imagenet", "small")
+PRESETS = (
+    *("base", "baseline", "cifar10", "cifar10-tiny", "cifar100", "digits", "finetune", "imagefolder", "imagenet"),
+    "small",
+)
 
 
 @dataclass(frozen=True)

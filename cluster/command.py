@@ -153,7 +153,10 @@ def _get(tree: dict[str, Any], key: str) -> Any:
 
 
 def _files(path: Path) -> set[Path]:
-    """The file and all that it extends, resolved; names that only this machine knows are refused."""
+    """The file and all that it extends by path, resolved; places that only this machine knows are refused.
+
+    What is extended as a shipped config goes along with the package.
+    """
     found = list(layers(path))
     for layer in found:
         base = layer.data.get("base")
@@ -162,4 +165,4 @@ def _files(path: Path) -> set[Path]:
             for place in places:
                 if re.match(r"[/~]", place):
                     raise UserError(f"{layer.path}: {key}={place}: a job needs it relative to the file")
-    return {layer.path for layer in found}
+    return {layer.path for layer in found if not layer.shipped}
