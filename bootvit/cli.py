@@ -120,10 +120,11 @@ def train(
     """
     from bootvit.driver import train as run
     from bootvit.load import load_config
-    from bootvit.progress import print_result
+    from bootvit.progress import print_result, what_next
 
     checked = load_config(config, overrides or [])
     print_result(run(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over))
+    typer.echo(what_next(checked))
 
 
 @app.command()
