@@ -120,10 +120,11 @@ def train(
     """
     from bootvit.driver import train as run
     from bootvit.load import load_config
-    from bootvit.progress import print_result
+    from bootvit.progress import print_result, what_next
 
     checked = load_config(config, overrides or [])
     print_result(run(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over))
+    typer.echo(what_next(checked))
 
 
 @app.command()
@@ -294,6 +295,83 @@ def report(
     from bootvit.report.command import command
 
     command(folders or [], experiment=experiment, sweep=sweep, out=out, as_json=as_json)
+
+
+@app.command("list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs lie")] = Path("runs"),
+    trials: Annotated[bool, typer.Option("--trials", help="the trials of sweeps too")] = False,
+    as_json: Json = False,
+) -> None:
+    """The runs and sweeps below a folder, the newest last.
+
+    Example: bootvit list
+
+    Next: bootvit show RUN; bootvit compare RUN RUN
+    """
+    from bootvit import manage
+
+    found = manage.list_runs(folder, trials=trials)
+    if as_json:
+        print_json([one._asdict() for one in found])
+    else:
+        typer.echo(manage.table(found))
+
+
+@app.command()
+def show(run: RunName, as_json: Json = False) -> None:
+    """What a run is and how it went.
+
+    Example: bootvit show digits-joint
+
+    Next: bootvit eval RUN --local; bootvit config runs/digits-joint/config.yaml
+    """
+    from bootvit.manage import columns, in_short, show_run
+
+    facts = show_run(run)
+    if as_json:
+        print_json(facts)
+        return
+    typer.echo(columns([(key, in_short(value)) for key, value in facts.items()]))
+
+
+@app.command()
+def compare(first: RunName, second: RunName, as_json: Json = False) -> None:
+    """What differs between two runs: keys of their configs, and results.
+
+    Example: bootvit compare digits-joint digits-shared
+
+    Next: bootvit report
+    """
+    from bootvit.manage import columns, compare_runs, in_short
+
+    found = compare_runs(first, second)
+    if as_json:
+        print_json(found)
+        return
+    rows = [(key, *map(in_short, values)) for key, values in found.items()]
+    typer.echo(columns([("", first, second), *rows]))
+
+
+@app.command("rm")
+def remove(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs, or names below ./runs")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+) -> None:
+    """Delete runs: checkpoints, journal and result. MLflow keeps what it has. One that is being trained is refused.
+
+    Example: bootvit rm digits-joint --yes
+
+    Next: bootvit list
+    """
+    import shutil
+
+    from bootvit.manage import removable
+
+    for path in [removable(run) for run in runs]:
+        if yes or typer.confirm(f"delete {path}?"):
+            shutil.rmtree(path)
+            typer.echo(f"deleted {path}")
 
 
 @track_app.command("sync")

@@ -25,7 +25,7 @@ from bootvit.learner import World
 from bootvit.load import load_config
 from bootvit.loop import TestUse, check_evaluable, fit
 from bootvit.models.checks import check_batches
-from bootvit.progress import follow_progress
+from bootvit.progress import follow_progress, opening, run_steps
 from bootvit.ray_connection import start_ray
 from bootvit.ray_workers import run_under_ray
 from bootvit.result import EpochReport, Result, RunStatus, new_result, read_result
@@ -62,6 +62,7 @@ def train(
     warn_of_idle_keys(config, splits, local=local)
     for note in splits.notes:
         print(f"note: {note}", flush=True)
+    print(opening(config, splits, pick_device(config.ray.use_gpu) if local else None), flush=True)
     with Heartbeat(folder.path), following(config, folder, splits) as follower:
         result = finish(config, folder, splits, lambda: run(config, folder), follower)
     return result
@@ -159,7 +160,9 @@ def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator
     tracked = open_tracking(config, folder, splits)
     follower = Follower(tracked) if tracked is not None else None
     stop = threading.Event()
-    progress = threading.Thread(target=follow_progress, args=(config, folder, stop), daemon=True)
+    progress = threading.Thread(
+        target=follow_progress, args=(config, folder, stop, run_steps(config, splits)), daemon=True
+    )
     progress.start()
     try:
         yield follower
