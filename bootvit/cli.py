@@ -29,7 +29,9 @@ Overrides = Annotated[
         help="such as data.fraction=0.1; a text is taken as typed, any other value is YAML; the last one wins",
     ),
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name below ./runs")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run's folder, its name below ./runs, or s3://BUCKET/FOLDER/NAME")
+]
 Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
 Best = Annotated[bool, typer.Option("--best", help="the checkpoint that checkpoint.best has kept, not the newest")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
@@ -90,8 +92,8 @@ def evaluate(
     from bootvit.load import change_config
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
-    found = score(change_config(config, overrides or [], EVAL_KEYS), folder.path, local=local, best=best)
+    config, folder = open_run(run, "best" if best else "newest")
+    found = score(change_config(config, overrides or [], EVAL_KEYS), folder, local=local, best=best)
     for where, reason in found.skipped.items():
         typer.echo(f"bootvit: left out: {where}: {reason}", err=True)
     if as_json:
@@ -114,7 +116,7 @@ def predict(
     from bootvit.predict import predict as guess
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
+    config, folder = open_run(run, "best" if best else "newest")
     rows = []
     failed = False
     for row in guess(config, folder.path, images, top, best=best):
@@ -141,7 +143,7 @@ def logs(
     from bootvit.runs import open_run
     from bootvit.worker_log import read_logs
 
-    for line in read_logs(open_run(run)[1].path, rank, attempt):
+    for line in read_logs(open_run(run)[1], rank, attempt):
         typer.echo(line)
 
 
@@ -175,7 +177,7 @@ def track_sync(run: RunName, overrides: Overrides = None) -> None:
     from bootvit.runs import open_run
     from bootvit.tracking.sync import sync_run
 
-    config, folder = open_run(run)
+    config, folder = open_run(run, "all")
     typer.echo(sync_run(change_config(config, overrides or [], ("tracking.",)), folder))
 
 
@@ -282,8 +284,9 @@ def export(
     from bootvit.export import export as write
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
-    typer.echo(write(config, folder.path, form, network=network, out=out, best=best))
+    config, folder = open_run(run, "best" if best else "newest")
+    made = write(config, folder.path, form, network=network, out=out, best=best)
+    typer.echo(made if out else folder.keep_export(made))
 
 
 @app.command()

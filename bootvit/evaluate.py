@@ -12,6 +12,7 @@ from bootvit.data.batches import EvalBatches
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.loop import check_evaluable, of_all_workers
+from bootvit.runs import RunFolder, fetch_weights, found_run
 from bootvit.train import on_workers, pick_device, ray_world, start_ray
 from bootvit.weights import newest_state
 
@@ -45,21 +46,22 @@ def read_checkpoint(run_dir: Path, *, best: bool = False) -> dict[str, Any]:
     return state
 
 
-def evaluate(config: Config, run_dir: Path, *, local: bool, best: bool = False) -> Evaluation:
+def evaluate(config: Config, folder: RunFolder, *, local: bool, best: bool = False) -> Evaluation:
     """Exact counts of every network of the run on its test set (its held-out part where there is none).
 
     Images are prepared as the run says; on another data set classes are matched by their names.
     """
-    open_for(config, DataFacts.from_dict(read_checkpoint(run_dir, best=best)["data"]))
+    open_for(config, DataFacts.from_dict(read_checkpoint(folder.path, best=best)["data"]))
     if local:
-        return evaluate_here(config, run_dir, World(0, 1, pick_device(config.ray.use_gpu)), best=best)
+        return evaluate_here(config, folder.path, World(0, 1, pick_device(config.ray.use_gpu)), best=best)
     start_ray(config)
     from cluster.probe import check_nodes, reads
 
     root = config.data.root
     data = [] if root is None or "://" in root else [reads(f"data.root={root}", Path(root))]
-    check_nodes([reads(str(run_dir), run_dir / "config.yaml"), *data])
-    job = {"config": whole(config), "run_dir": str(run_dir), "best": best}
+    run = [] if folder.store else [reads(str(folder), folder.config)]  # a store's answer is a worker's
+    check_nodes([*run, *data])
+    job = {"config": whole(config), "folder": folder, "best": best}
     return Evaluation(*on_workers(config, eval_worker, job))
 
 
@@ -100,5 +102,8 @@ def document(counts: Counts) -> dict[str, float | int]:
 
 def eval_worker(job: dict[str, Any]) -> tuple[Any, ...]:
     """One worker of Ray Train."""
-    config = validate(Config, job["config"], "job")
-    return tuple(evaluate_here(config, Path(job["run_dir"]), ray_world(config), best=job["best"]))
+    config, folder = validate(Config, job["config"], "job"), job["folder"]
+    if folder.store is not None:
+        folder = found_run(folder.store)
+        fetch_weights(folder, "best" if job["best"] else "newest")
+    return tuple(evaluate_here(config, folder.path, ray_world(config), best=job["best"]))

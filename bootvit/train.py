@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from bootvit import checkpoint
+from bootvit import checkpoint, remote
 from bootvit.addresses import public
 from bootvit.asks import on_signals, say_stopping
 from bootvit.config import Config, override, validate, whole
 from bootvit.data import DataSplits, facts_of, open_splits
+from bootvit.data.cache import cache_folder
 from bootvit.errors import RunFailed, UserError
 from bootvit.heartbeat import Heartbeat, check_nobody_writes
 from bootvit.idle import warn_of_idle_keys
@@ -33,8 +35,18 @@ from bootvit.models.zoo import check_batches
 from bootvit.progress import follow_progress
 from bootvit.ray_connection import check_address, one_line_for, session_folder
 from bootvit.result import Result, RunStatus, new_result, read_result
-from bootvit.runs import RunFolder, check_same_data, check_storage, claim
+from bootvit.runs import (
+    RunFolder,
+    check_same_data,
+    check_storage,
+    claim,
+    fetch_weights,
+    found_run,
+    place_of,
+    run_state,
+)
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
+from bootvit.tracking.artifacts import chosen
 from bootvit.weights import check_weights
 from bootvit.worker_log import worker_log
 
@@ -58,19 +70,22 @@ def train(
         check_nodes(places_of(config))
     run = run_local if local else run_under_ray
     if (resume or overwrite) and not take_over:
-        check_nobody_writes(config.run_dir)
+        check_nobody_writes(place_of(config))
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
-        print(f"{folder.path} is finished; nothing to do")
+        print(f"{folder} is finished; nothing to do")
         was = override(load_config(str(folder.config)), {"tracking": whole(config.tracking)})
         if (tracked := open_tracking(was, folder, splits)) is not None:
+            fetch_weights(folder, "all")
             tracked.sync()  # what a server that was down has not got yet
+            folder.publish("mlflow.json")
         return read_result(folder.result)
     warn_of_idle_keys(config, splits, local=local)
     for note in splits.notes:
         print(f"note: {note}", flush=True)
-    with Heartbeat(folder.path), following(config, folder, splits) as follower:
+    with Heartbeat(folder.place), following(config, folder, splits) as follower:
         result = finish(config, folder, splits, lambda: run(config, folder), follower)
+    folder.leave()
     return result
 
 
@@ -83,9 +98,9 @@ def check(config: Config, *, local: bool, resume: bool) -> DataSplits:
     splits = open_splits(config.data)
     check_evaluable(config, splits)
     check_batches(config, len(splits.train))
-    if resume:
-        check_same_data(config, facts_of(splits, config))
-    if not (resume and checkpoint.described(config.run_dir / "checkpoints")):
+    there = found_run(place_of(config)) if resume and run_state(place_of(config)) != "absent" else None
+    check_same_data(there, facts_of(splits, config))
+    if there is None or not checkpoint.described(there.checkpoints):
         for note in check_weights(config, splits.classes):
             print(f"bootvit: {note}", file=sys.stderr)
     return splits
@@ -109,10 +124,9 @@ def finish(
     except BaseException as err:
         status = ends.get(type(err), "failed")
         if status == "interrupted" or isinstance(err, OSError):
-            print(f"{folder.path}: the same command with --resume goes on", file=sys.stderr)
-        record(
-            folder, unfinished(config, splits, status, err), "KILLED" if status == "interrupted" else "FAILED", follower
-        )
+            print(f"{folder}: the same command with --resume goes on", file=sys.stderr)
+        known = unfinished(config, folder, splits, status, err)
+        record(folder, known, "KILLED" if status == "interrupted" else "FAILED", follower)
         raise
     return record(folder, result, "FINISHED", follower)
 
@@ -128,21 +142,35 @@ def record(
     result = result | {"git": source_version(), "mlflow_run_id": None}
     folder.write_result(result)
     if follower is None:
+        publish(folder, status, "result.json")
         return result
     run_id = follower.run_id()
     if run_id is not None:
         result |= {"mlflow_run_id": run_id}
         folder.write_result(result)
+    publish(folder, status, "mlflow.json", "result.json")
     follower.finish(status, result, ended)
+    publish(folder, status, "mlflow.json")
     return result
 
 
-def unfinished(config: Config, splits: DataSplits, status: RunStatus, err: BaseException) -> Result:
+def publish(folder: RunFolder, status: str, *names: str) -> None:
+    """Put these into the store that a run is in; where it has not finished, why it has not is what is to be said."""
+    try:
+        for name in names:
+            folder.publish(name)
+    except (RunFailed, UserError) as err:
+        if status == "FINISHED":
+            raise RunFailed(f"{err}; all of the run is in {folder.path} on this machine") from err
+        print(f"bootvit: warning: {err}", file=sys.stderr)
+
+
+def unfinished(config: Config, folder: RunFolder, splits: DataSplits, status: RunStatus, err: BaseException) -> Result:
     """What is known of a run that did not finish."""
     return new_result(
         config,
         status,
-        max((s.epoch for s in checkpoint.described(config.run_dir / "checkpoints")), default=0),
+        max((s.epoch for s in checkpoint.described(folder.checkpoints)), default=0),
         reason=public(str(err)) or type(err).__name__,
         fingerprint=splits.fingerprint,
         digest=splits.train.digest,
@@ -157,7 +185,9 @@ def open_tracking(config: Config, folder: RunFolder, splits: DataSplits) -> Mlfl
         print("bootvit: MLflow is not installed: this run is only in its folder", file=sys.stderr)
         return None
     tags = run_tags(config, data_fingerprint=splits.fingerprint, subset_digest=splits.train.digest)
-    return MlflowRun(config, folder.path, tags=tags)
+    tracked = MlflowRun(config, folder.path, tags=tags)
+    folder.publish("mlflow.json")  # with our key, before MLflow hears of it: a second run is never made
+    return tracked
 
 
 @contextmanager
@@ -189,7 +219,8 @@ def run_local(
 ) -> Result:
     """The loop in this process: no Ray, no process group."""
     world = World(0, 1, pick_device(config.ray.use_gpu))
-    return fit(config, world, folder, test=test, on_epoch=on_epoch)
+    with folder.sent():
+        return fit(config, world, folder, test=test, on_epoch=on_epoch)
 
 
 def pick_device(use_gpu: bool | None) -> torch.device:
@@ -261,6 +292,7 @@ def run_under_ray(config: Config, folder: RunFolder) -> Result:
 
     coordinator = start_coordinator()
     job = worker_job(config, folder, coordinator)
+    followed = nullcontext() if folder.hold is None else remote.followed(folder.hold, folder.path)
     training = InThread(lambda: on_workers(config, train_worker, job, config.ray.max_failures))
 
     asked = threading.Event()
@@ -271,10 +303,13 @@ def run_under_ray(config: Config, folder: RunFolder) -> Result:
         coordinator.stop.remote()
 
     try:
-        with on_signals(stop):
+        with followed, on_signals(stop):
             result: Result | None = training.wait()
     finally:
         clear_ray_storage(config)
+    if result is not None and folder.store is not None and config.tracking.enabled:
+        for saved in chosen(config, folder.path):  # for MLflow, which the driver sends it to
+            remote.fetch(folder.store, saved)
     if result is None and asked.is_set():
         raise KeyboardInterrupt
     if result is None:
@@ -286,8 +321,7 @@ def worker_job(config: Config, folder: RunFolder, coordinator: Any, test: TestUs
     """What `train_worker` is given."""
     return {
         "config": whole(config),
-        "folder": str(folder.path),
-        "lease": folder.lease,
+        "folder": folder,
         "test": test,
         "coordinator": coordinator,
     }
@@ -345,8 +379,8 @@ def on_workers(
         ),
         torch_config=TorchConfig(timeout_s=math.ceil(config.ray.collective_timeout)),
         run_config=RunConfig(
-            name=f".ray-{config.name}-{os.getpid()}",
-            storage_path=config.ray.storage_path,
+            name=ray_name(config),
+            storage_path=str(ray_storage(config)),
             failure_config=FailureConfig(max_failures, controller_failure_limit=starts(config)),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -389,11 +423,20 @@ def original_error(err: Exception, config: Config) -> Exception:
     return RunFailed(f"a worker failed: {type(first).__name__}: {last_line}")
 
 
-def clear_ray_storage(config: Config) -> None:
-    """Ray Train keeps a folder of its own for bookkeeping; our checkpoints are elsewhere."""
-    import shutil
+def ray_name(config: Config) -> str:
+    """Of the folder that Ray Train keeps for its bookkeeping; our checkpoints are elsewhere."""
+    return f".ray-{config.name}-{os.getpid()}"
 
-    shutil.rmtree(config.run_dir.parent / f".ray-{config.name}-{os.getpid()}", ignore_errors=True)
+
+def ray_storage(config: Config) -> Path:
+    """Where that is; it is never read again. Beside a run in a store it is this node's, so that Ray needs no store."""
+    place = place_of(config)
+    return place.parent if isinstance(place, Path) else cache_folder()
+
+
+def clear_ray_storage(config: Config) -> None:
+    """Remove it."""
+    shutil.rmtree(ray_storage(config) / ray_name(config), ignore_errors=True)
 
 
 def train_worker(job: dict[str, Any]) -> Result | None:
@@ -411,13 +454,14 @@ def train_worker(job: dict[str, Any]) -> Result | None:
             coordinator.report.remote(report)
         ray.train.report({"epoch": report.epoch, "step": report.step})
 
-    folder = RunFolder(Path(job["folder"]), job["lease"])
-    if world.rank == 0:
-        folder = folder.for_this_group()
+    given: RunFolder = job["folder"]
+    folder = given.for_this_group() if world.rank == 0 else given.for_other_worker()
     watch = Watch(coordinator)
     try:
-        with worker_log(folder, world):
-            return fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
+        with folder.sent(), worker_log(folder, world):
+            result = fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
+        folder.leave()
+        return result
     except KeyboardInterrupt:
         return None
     finally:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import http.client
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 
 Spoil = Callable[[str, str], str | None]  # (method, path with query) -> "503", "403", "cut", "hang" or None
+
+CREDENTIALS = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
 
 
 class Proxy:
@@ -85,3 +88,24 @@ class Proxy:
             do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward
 
         return Handler
+
+
+@contextmanager
+def serve() -> Iterator[Proxy]:
+    """A server and the proxy before it."""
+    from moto.server import ThreadedMotoServer  # takes a second to import
+
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    proxy = Proxy(server.get_host_and_port()[1])
+    yield proxy
+    proxy.server.shutdown()
+    server.stop()
+
+
+def client(proxy: Proxy) -> Any:
+    """boto3's, which makes buckets."""
+    import boto3
+
+    keys = {"aws_access_key_id": "key", "aws_secret_access_key": "secret", "region_name": "us-east-1"}
+    return boto3.client("s3", endpoint_url=proxy.url, **keys)
