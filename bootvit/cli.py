@@ -158,7 +158,10 @@ def show_config(config: ConfigName, overrides: Overrides = None) -> None:
 
 @app.command()
 def report(
-    folders: Annotated[Optional[list[Path]], typer.Argument(metavar="[FOLDER]...")] = None,  # noqa: UP045
+    folders: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[FOLDER]...", help="or s3://BUCKET/FOLDER; default: ./runs"),
+    ] = None,
     experiment: Annotated[Optional[str], typer.Option(help="read this MLflow experiment instead")] = None,  # noqa: UP045
     sweep: Annotated[str | None, typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,
     out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045

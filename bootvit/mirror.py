@@ -13,7 +13,7 @@ from bootvit import checkpoint
 from bootvit.checkpoint import Saved
 from bootvit.errors import RunFailed, UserError
 from bootvit.files import read_json, write_json
-from bootvit.remote import Head, Hold, TakenOver, entry, entry_name, object_of
+from bootvit.remote import Head, Hold, TakenOver, entry, entry_name, object_name, object_of
 from bootvit.storage import Store
 
 LOOK_S = 1.0  # seconds between two looks at the folder
@@ -33,7 +33,7 @@ class Mirror:
 
     def __init__(self, store: Store, path: Path, hold: Hold | None, known: Head | None = None) -> None:
         self._store, self._path, self._hold = store, path, hold
-        self._there = {one["sha256"] for one in known.checkpoints} if known else set()
+        self._there = {object_name(one["step"], one["sha256"]) for one in known.checkpoints} if known else set()
         self._sent, self._inode, self._entries = 0, -1, 0
         self._head: Head | None = None
         self._data = known.data if known else None
@@ -91,14 +91,14 @@ class Mirror:
 
     def _send(self, hold: Hold, *, whole: bool) -> None:
         kept = checkpoint.described(self._path / "checkpoints")  # before the journal, which then covers them
-        new = [saved for saved in kept if saved.sha256 not in self._there]
+        new = [saved for saved in kept if object_of(saved) not in self._there]
         lines, start, inode = self._lines()
         due = lines and (whole or self._due(self._last))
         if new:
             hold.check()
         for saved in new:
             self._upload(saved)
-        kept = [saved for saved in kept if saved.sha256 in self._there]  # or it was pruned
+        kept = [saved for saved in kept if object_of(saved) in self._there]  # or it was pruned
         head = self._made_head(kept, start)
         if new or due or self._head is None or self._head._replace(start=0) != head._replace(start=0):
             hold.check()
@@ -137,7 +137,7 @@ class Mirror:
             if saved.path.exists():
                 raise
             return  # pruned
-        self._there.add(saved.sha256)
+        self._there.add(object_of(saved))
 
     def _made_head(self, kept: list[Saved], start: int) -> Head:
         mark = self._path / "checkpoints" / "best.json"
@@ -148,15 +148,16 @@ class Mirror:
 
     def _clear(self, hold: Hold, kept: list[Saved]) -> None:
         """Remove what no reader is told of any more; at first also what earlier writers have left."""
-        names = {object_of(saved) for saved in kept}
-        gone = {sha for sha in self._there if sha not in {saved.sha256 for saved in kept}}
-        if gone or self._entries == 1:
-            found = (f"checkpoints/{item.name}" for item in self._store.list("checkpoints"))
-            self._store.delete(*(name for name in found if name not in names))
-        self._there -= gone
+        named = {object_of(saved) for saved in kept}
+        old = self._there - named
         if self._entries == 1:
+            old |= {f"checkpoints/{item.name}" for item in self._store.list("checkpoints")} - named
             mine = entry_name(hold.number, 0)
-            self._store.delete(*(f"log/{item.name}" for item in self._store.list("log") if f"log/{item.name}" < mine))
+            old |= {name for item in self._store.list("log") if (name := f"log/{item.name}") < mine}
+        if old:
+            hold.check()  # another writer's may be among them
+            self._store.delete(*sorted(old))
+            self._there -= old
 
     def _put_changed(self, pattern: str) -> None:
         """Replace the objects of files that are not in the store as they are."""
@@ -172,13 +173,18 @@ class Mirror:
 def mirrored(store: Store, path: Path, hold: Hold | None, known: Head | None = None) -> Iterator[None]:
     """Send a folder while this is entered; at the end all of it, or `RunFailed`, which says where it lies."""
     mirror = Mirror(store, path, hold, known)
+
+    def close() -> RunFailed | None:
+        failed = mirror.close()
+        if hold is not None and failed is not None and mirror.taken is None:
+            hold.unsent = True
+        return failed
+
     try:
         yield
     except BaseException:
-        failed = mirror.close()
-        if failed is not None and mirror.taken is None:
+        if (failed := close()) is not None and mirror.taken is None:
             print(f"bootvit: warning: {failed}", file=sys.stderr, flush=True)
         raise
-    failed = mirror.close()
-    if failed is not None:
+    if (failed := close()) is not None:
         raise failed

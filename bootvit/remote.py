@@ -59,6 +59,7 @@ class Hold:
     is_group: bool = False
     attempt: int = 0  # groups of workers that the run has had
     driver: int = 0  # the number of the driver's own lease
+    unsent: bool = False  # whether this process's copy of the run holds what the store has not got
 
     def check(self) -> None:
         """Raise `TakenOver` if somebody else has taken the run."""
@@ -208,8 +209,13 @@ def lay_out(log: Log, path: Path) -> None:
 
 
 def object_of(saved: Saved) -> str:
-    """The name of a checkpoint's object: its content says it, so nothing else is ever written there."""
-    return f"checkpoints/step-{saved.step:08d}-{saved.sha256[:16]}.safetensors"
+    """The name of a checkpoint's object."""
+    return object_name(saved.step, saved.sha256)
+
+
+def object_name(step: int, sha256: str) -> str:
+    """The same: the content says it, so nothing else is ever written there."""
+    return f"checkpoints/step-{step:08d}-{sha256[:16]}.safetensors"
 
 
 def fetch(store: Store, saved: Saved) -> bool:

@@ -143,8 +143,8 @@ class RunFolder:
         return self.store / str(made.relative_to(self.path))
 
     def leave(self) -> None:
-        """Remove this process's copy of a run, all of which is in a store."""
-        if self.store is not None:
+        """Remove this process's copy of a run in a store, unless it holds more than is there."""
+        if self.store is not None and not (self.hold is not None and self.hold.unsent):
             shutil.rmtree(self.path, ignore_errors=True)
             with suppress(OSError):  # another process's is beside it
                 self.path.parent.rmdir()

@@ -139,7 +139,15 @@ class Store:
 
     def exists(self, name: str) -> bool:
         """Whether an object is there."""
-        return bool(self._asked(lambda: self.system.get_file_info(self.path(name)).type == fs.FileType.File))
+
+        def request() -> bool:  # `get_file_info` would also ask whether it is a folder
+            try:
+                self.system.open_input_stream(self.path(name)).close()
+            except FileNotFoundError:
+                return False
+            return True
+
+        return self._asked(request)
 
     def list(self, folder: str = "", *, deep: bool = False) -> list[Item]:
         """What lies in a folder, sorted by name; nothing in one that is not there. New objects may be shown late."""

@@ -83,10 +83,11 @@ def train(
     warn_of_idle_keys(config, splits, local=local)
     for note in splits.notes:
         print(f"note: {note}", flush=True)
-    with Heartbeat(folder.place), following(config, folder, splits) as follower:
-        result = finish(config, folder, splits, lambda: run(config, folder), follower)
-    folder.leave()
-    return result
+    try:
+        with Heartbeat(folder.place), following(config, folder, splits) as follower:
+            return finish(config, folder, splits, lambda: run(config, folder), follower)
+    finally:
+        folder.leave()
 
 
 def check(config: Config, *, local: bool, resume: bool) -> DataSplits:
@@ -160,6 +161,8 @@ def publish(folder: RunFolder, status: str, *names: str) -> None:
         for name in names:
             folder.publish(name)
     except (RunFailed, UserError) as err:
+        if folder.hold is not None:
+            folder.hold.unsent = True
         if status == "FINISHED":
             raise RunFailed(f"{err}; all of the run is in {folder.path} on this machine") from err
         print(f"bootvit: warning: {err}", file=sys.stderr)
@@ -459,13 +462,12 @@ def train_worker(job: dict[str, Any]) -> Result | None:
     watch = Watch(coordinator)
     try:
         with folder.sent(), worker_log(folder, world):
-            result = fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
-        folder.leave()
-        return result
+            return fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
     except KeyboardInterrupt:
         return None
     finally:
         watch.close()
+        folder.leave()
 
 
 def ray_world(config: Config) -> World:

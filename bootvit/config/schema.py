@@ -200,7 +200,9 @@ class RayConfig(Section):
     )
     cpus_per_worker: Positive = 1
     use_gpu: bool | None = Field(None, description="null: a GPU per worker where the cluster has them")
-    storage_path: Address = Field("./runs", description="parent of the run directories; every node must see it")
+    storage_path: Address = Field(
+        "./runs", description="parent of the run directories, which every node sees; or s3://BUCKET/FOLDER"
+    )
     max_failures: int = Field(0, ge=0, description="restarts from the last checkpoint after a lost worker")
     wait_minutes: Positive = Field(30.0, description="how long workers wait for nodes, at the start and after a loss")
     collective_timeout: Positive = Field(1800.0, description="seconds after which workers that hang count as lost")
