@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -112,6 +113,7 @@ def serve() -> Iterator[Proxy]:
     """A server and the proxy before it."""
     from moto.server import ThreadedMotoServer  # takes a second to import
 
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # not a line for every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     proxy = Proxy(server.get_host_and_port()[1])

@@ -149,13 +149,13 @@ def test_a_run_that_is_killed_within_an_epoch_goes_on_elsewhere(
 ) -> None:
     top = store.at.rpartition("/")[0]
     words = ["tiny.yaml", "--local", f"ray.storage_path={top}"]
-    slow = (
-        "import sys, time; from bootvit import mirror; from bootvit.__main__ import main;"
-        "from bootvit.learner import Learner; mirror.LOOK_S = 0.05; step = Learner.step\n"
-        "def slow(self, *given):\n    time.sleep(0.1)\n    return step(self, *given)\n"
-        "Learner.step = slow; sys.exit(main(sys.argv[1:]))"
+    stuck = (  # in the eighth step, the last of the second epoch
+        "import sys, time\nfrom bootvit.__main__ import main\nfrom bootvit.learner import Learner\nstep = Learner.step\n"
+        "def stuck(self, batch, number, *rest):\n    time.sleep(600 if number == 7 else 0)\n"
+        "    return step(self, batch, number, *rest)\n"
+        "Learner.step = stuck; sys.exit(main(sys.argv[1:]))"
     )
-    child = subprocess.Popen([sys.executable, "-c", slow, "train", *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
+    child = subprocess.Popen([sys.executable, "-c", stuck, "train", *words], env=os.environ | {"OMP_NUM_THREADS": "1"})
     until = time.monotonic() + 300
     while not ((known := read_log(store).head.checkpoints) and known[-1]["batch"]):
         assert child.poll() is None
