@@ -55,6 +55,19 @@ def measure(way: str, arguments: list[str], folder: Path, epochs: int) -> dict[s
     return {"images/s": statistics.median(speeds), "seconds to the first record": records[0].time - began}
 
 
+def start_parts() -> dict[str, float]:
+    """Seconds that a start consists of: Python's own, imports, and a Ray on this machine."""
+    script = (
+        "import time; began = time.time(); import bootvit.driver; imported = time.time(); "
+        "from bootvit.ray_connection import connect_ray; connect_ray(1); "
+        "print(imported - began, time.time() - imported)"
+    )
+    began = time.time()
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    imports, ray = map(float, done.stdout.split())
+    return {"imports": imports, "a local Ray": ray, "Python and the end": time.time() - began - imports - ray}
+
+
 def saving(config: Config) -> dict[str, float]:
     """Seconds that training waits for a checkpoint, and seconds that writing it takes beside training."""
     learner = Learner(config, 10, World(0, 1, torch.device("cpu")))
@@ -106,6 +119,7 @@ def main() -> None:
         "seconds to the first record": {
             way: round(statistics.median(row[way]["seconds to the first record"] for row in rows), 2) for way in WAYS
         },
+        "seconds of a start": {key: round(value, 2) for key, value in start_parts().items()},
         "seconds a checkpoint": {
             name: {key: round(value, 4) for key, value in saving(load_config(name)).items()}
             for name in (CONFIG, "cifar10/joint-small")

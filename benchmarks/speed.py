@@ -21,7 +21,7 @@ from bootvit.data.batches import Batch
 from bootvit.files import write_json
 from bootvit.learner import Learner, World
 from bootvit.load import load_config
-from bootvit.models.agent import head_taps
+from bootvit.models.shapes import head_taps
 from bootvit.models.shared import SharedMixer
 from bootvit.tracking import source_version
 

@@ -2,32 +2,41 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
-try:
-    from bootvit.models import zoo as _zoo  # noqa: F401  importing it registers our sizes with timm
-except KeyboardInterrupt:  # importing torch takes seconds: Ctrl-C meanwhile ends the command line as it does later
-    if sys.argv[0] != "-m" and not sys.argv[0].endswith("/bootvit"):
-        raise
-    print("bootvit: interrupted", file=sys.stderr)
-    raise SystemExit(130) from None
+from bootvit.timm_names import register_with_timm
 
 if TYPE_CHECKING:
-    from ray.tune import ResultGrid
+    from bootvit.api import Run, load_config, load_run, sweep, train
 
-try:
-    __version__ = version("bootvit")
-except PackageNotFoundError:  # run from a folder, not installed
-    __version__ = "0+source"
+    __version__: str
 
-__all__ = ["__version__", "sweep"]
+register_with_timm()
+
+PUBLIC = ("Run", "load_config", "load_run", "sweep", "train")
+
+__all__ = ["Run", "__version__", "load_config", "load_run", "sweep", "train"]
 
 
-def sweep(name: str, overrides: Sequence[str] = (), **how: Any) -> ResultGrid:
-    """Run a sweep as `bootvit sweep` does, and return Ray Tune's ResultGrid; see `tune.run.driver.sweep`."""
-    from tune.run.driver import sweep as run
+def __getattr__(name: str) -> Any:
+    """The public functions and the version, looked up when they are asked for: `import bootvit` alone stays quick."""
+    if name == "__version__":
+        return _version()
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from bootvit import api
 
-    return run(name, overrides, **how)
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("bootvit")
+    except PackageNotFoundError:  # run from a folder, not installed
+        return "0+source"

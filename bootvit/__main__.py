@@ -37,9 +37,9 @@ def run(arguments: list[str]) -> int:
     import typer
 
     from bootvit.addresses import public
+    from bootvit.asks import raise_on_sigterm
     from bootvit.cli import app
     from bootvit.errors import RunFailed, UserError
-    from bootvit.train import raise_on_sigterm
 
     # typer brings its own copy of click, whose errors it does not export by name
     parser_error: type[Exception] = typer.BadParameter.__mro__[2]

@@ -16,6 +16,15 @@ SPACED = re.compile(r"(?<!sqlite)(?<!file)://((?!: |; )[^'\"\n])*@")  # and blan
 NO_SCHEME = re.compile(r"(?<![^\s'\"=(])[^\s'\"=:/(@]+:(?!/)\S*@")  # user:password@host
 QUERY = re.compile(r"(?<!sqlite)(?<!file)(://[^\s'\"?]*\?)([^\s'\"]+?)(?=[:;,.)]*(?:[\s'\"]|$))")
 ADDRESS = re.compile(r"(?!sqlite:|file:)[A-Za-z][\w+.-]*:/+")
+STORES = (
+    "s3",
+    "gs",
+    "gcs",
+    "abfs",
+    "abfss",
+    "hdfs",
+    "viewfs",
+)  # schemes of object stores
 PARAMETER = re.compile(r"([^&;=]+)(=?)([^&;]*)")
 
 
@@ -69,3 +78,45 @@ def _masked(query: str) -> str:
         return match[0] if match[2] and match[1] in HARMLESS else f"{match[1]}={MASK}" if match[2] else MASK
 
     return PARAMETER.sub(mask, query)
+
+
+# ---------------------------------------------------------------------------------------- of object stores
+
+
+def is_address(place: str) -> bool:
+    """Whether a text is an address, not a path."""
+    return "://" in place
+
+
+def wrong_with(address: str, source: str) -> str | None:
+    """Why an address cannot be a data set's `root`, without its secrets; None if it may be one."""
+    if (wrong := wrong_address(address)) or source == "parquet":
+        return wrong
+    return (
+        f"data.source={source} needs a folder: from an object store Parquet files are read (data.source=parquet), "
+        "which `bootvit data pack` makes of any source"
+    )
+
+
+def wrong_address(address: str) -> str | None:
+    """Why a text is no address of a folder in an object store, without its secrets; None if it is one."""
+    scheme, separator, rest = address.partition("://")
+    if not separator or scheme.lower() not in STORES:
+        known = ", ".join(f"{name}://" for name in STORES)
+        return f"not an address of an object store, which begins with one of {known} (or give the path of a folder)"
+    if scheme != scheme.lower():
+        return f"write {scheme.lower()}://"
+    if not re.match(r"[^/?]", rest):
+        return f"it names no bucket or host: expected {scheme}://BUCKET/FOLDER"
+    return _secret_in(address, scheme) if has_secret(address) else None
+
+
+def _secret_in(address: str, scheme: str) -> str:
+    if not has_secret(address.partition("?")[0]):
+        known = "region, scheme, endpoint_override, tls_ca_file_path and retry_limit_seconds"
+        return f"its parameters (after the '?') may be {known}; keys and tokens come from the store's own variables"
+    azure = ", or abfs://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER" if scheme.startswith("abfs") else ""
+    return (
+        "an address holds no user, key or token here: leave it out, the store's own variables and files give it, "
+        f"such as AWS_ACCESS_KEY_ID or ~/.aws/credentials{azure}"
+    )

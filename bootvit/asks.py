@@ -9,10 +9,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import IntEnum
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-import torch.distributed as dist
+if TYPE_CHECKING:
+    import torch.distributed as dist
 
 
 class Ask(IntEnum):
@@ -35,6 +35,9 @@ class Agreement:
     """What any worker is asked, known to all of them one step later; their steps do not wait for it."""
 
     def __init__(self, size: int) -> None:
+        import torch
+        import torch.distributed as dist
+
         self._group: Any = dist.new_group(backend="gloo") if size > 1 else None
         self._value = torch.zeros(1, dtype=torch.int32)
         self._work: dist.Work | None = None
@@ -43,6 +46,8 @@ class Agreement:
         """The largest of the asks that the workers had at their last call; with one worker, of this one."""
         if self._group is None:
             return mine
+        import torch.distributed as dist
+
         agreed = Ask.NOTHING
         if self._work is not None:
             self._work.wait()
@@ -50,6 +55,16 @@ class Agreement:
         self._value.fill_(mine)
         self._work = dist.all_reduce(self._value, dist.ReduceOp.MAX, group=self._group, async_op=True)
         return agreed
+
+
+def raise_on_sigterm() -> None:
+    """A polite kill ends a run like Ctrl-C: recorded as interrupted."""
+
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)
 
 
 @contextmanager

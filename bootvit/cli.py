@@ -11,22 +11,78 @@ from bootvit.output import print_json
 
 app = typer.Typer(
     name="bootvit",
-    help="Train a vision Transformer from scratch on little data, with the agent CNN that mirrors it.",
-    no_args_is_help=True,
-    add_completion=False,
+    help="Train a vision Transformer from scratch on little data, with the agent CNN that mirrors it.\n\n"
+    "Example: bootvit train digits/joint data.fraction=0.1 --local\n\n"
+    "Next: bootvit COMMAND --help has an example of each; bootvit configs lists what is shipped",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    invoke_without_command=True,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Look at, pack, and list subsets of a data set.", no_args_is_help=True)
-app.add_typer(data_app, name="data")
-track_app = typer.Typer(help="What MLflow has of a run.", no_args_is_help=True)
-app.add_typer(track_app, name="track")
+data_app = typer.Typer(
+    help="Look at, check and pack a data set, list its subsets, and suggest a config for it.\n\n"
+    "Example: bootvit data suggest flowers/ > flowers.yaml\n\nNext: bootvit train flowers.yaml --local"
+)
+track_app = typer.Typer(
+    help="What MLflow has of a run.\n\nExample: bootvit track sync digits-joint\n\n"
+    "Next: bootvit report --experiment digits"
+)
 
-ConfigName = Annotated[str, typer.Argument(metavar="CONFIG", help="a YAML file, or a shipped one such as digits/joint")]
+
+def _version(asked: bool) -> None:
+    if asked:
+        from bootvit import __version__
+
+        typer.echo(f"bootvit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+) -> None:
+    _help_alone(context)
+
+
+def _help_alone(context: typer.Context) -> None:
+    """A group without a command prints its help, with status 0."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+app.add_typer(
+    data_app,
+    name="data",
+    callback=_help_alone,
+    invoke_without_command=True,
+)
+app.add_typer(
+    track_app,
+    name="track",
+    callback=_help_alone,
+    invoke_without_command=True,
+)
+
+
+def _shipped(incomplete: str) -> list[tuple[str, str]]:
+    """For the shell's completion."""
+    from bootvit.config import shipped_configs
+
+    return [(one.name, one.about) for one in shipped_configs() if one.name.startswith(incomplete)]
+
+
+ConfigName = Annotated[
+    str,
+    typer.Argument(
+        metavar="CONFIG", help="a YAML file, or a shipped one such as digits/joint", autocompletion=_shipped
+    ),
+]
 Overrides = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Argument(
         metavar="[KEY=VALUE]...",
-        help="such as data.fraction=0.1; a text is taken as typed, any other value is YAML; the last one wins",
+        help="such as data.fraction=0.1; a text is taken as typed, any other value is YAML; the last one wins "
+        "(bootvit config --explain lists the keys)",
     ),
 ]
 RunName = Annotated[
@@ -58,10 +114,15 @@ def train(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a run of this name first")] = False,
     take_over: Annotated[bool, typer.Option("--take-over", help="also from a process that trains it now")] = False,
 ) -> None:
-    """Train one run."""
+    """Train one run.
+
+    Example: bootvit train digits/joint data.fraction=0.1 --local
+
+    Next: bootvit eval digits-joint --local
+    """
+    from bootvit.driver import train as run
     from bootvit.load import load_config
     from bootvit.progress import print_result
-    from bootvit.train import train as run
 
     checked = load_config(config, overrides or [])
     print_result(run(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over))
@@ -76,7 +137,12 @@ def sweep(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a sweep of this name first")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="--resume, and run failed trials again")] = False,
 ) -> int:
-    """Run a sweep: its own keys go to the sweep, all others to its base config."""
+    """Run a sweep: its own keys go to the sweep, all others to its base config.
+
+    Example: bootvit sweep sweeps/digits-fractions --dry-run
+
+    Next: bootvit report --sweep digits-fractions
+    """
     from tune.run.driver import How, run_sweep
 
     return run_sweep(sweep, overrides or [], How(resume, overwrite, retry_failed), dry_run=dry_run)
@@ -86,7 +152,12 @@ def sweep(
 def evaluate(
     run: RunName, overrides: Overrides = None, local: Local = False, best: Best = False, as_json: Json = False
 ) -> None:
-    """Evaluate a run's newest checkpoint: exact counts, whatever the batch and the number of workers."""
+    """Evaluate a run's newest checkpoint: exact counts, whatever the batch and the number of workers.
+
+    Example: bootvit eval digits-joint --local
+
+    Next: bootvit predict digits-joint IMAGE
+    """
     from bootvit.evaluate import EVAL_KEYS
     from bootvit.evaluate import evaluate as score
     from bootvit.load import change_config
@@ -112,7 +183,12 @@ def predict(
     best: Best = False,
     as_json: Json = False,
 ) -> int:
-    """Class names and probabilities of images; status 1 if one of them could not be read."""
+    """Class names and probabilities of images; status 1 if one of them could not be read.
+
+    Example: bootvit predict digits-joint seven.png
+
+    Next: bootvit export digits-joint --format onnx
+    """
     from bootvit.predict import predict as guess
     from bootvit.runs import open_run
 
@@ -139,7 +215,12 @@ def logs(
     rank: Annotated[Optional[int], typer.Option(metavar="N", help="only this worker; default: all")] = None,  # noqa: UP045
     attempt: Annotated[Optional[int], typer.Option(metavar="N", help="default: the newest")] = None,  # noqa: UP045
 ) -> None:
-    """Print what the workers of a run have said, wherever they ran: warnings, errors with their tracebacks, epochs."""
+    """Print what the workers of a run have said, wherever they ran: warnings, errors with their tracebacks, epochs.
+
+    Example: bootvit logs digits-joint --rank 0
+
+    Next: bootvit train CONFIG --resume, if it ended early
+    """
     from bootvit.runs import open_run
     from bootvit.worker_log import read_logs
 
@@ -148,12 +229,54 @@ def logs(
 
 
 @app.command("config")
-def show_config(config: ConfigName, overrides: Overrides = None) -> None:
-    """Print the resolved config; that file, run again, is the same run."""
+def show_config(
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="CONFIG|KEY", help="as for train; with --explain a key", autocompletion=_shipped),
+    ] = None,
+    overrides: Overrides = None,
+    explain: Annotated[bool, typer.Option("--explain", help="what a key, a section's keys, or all keys mean")] = False,
+    markdown: Annotated[bool, typer.Option("--markdown", help="with --explain: all keys as docs/config.md")] = False,
+) -> None:
+    """Print the resolved config; that file, run again, is the same run. Or explain keys, of runs and of sweep files.
+
+    Example: bootvit config digits/joint data.fraction=0.1; bootvit config --explain data
+
+    Next: bootvit train CONFIG
+    """
+    if explain:
+        from bootvit import explain as keys
+
+        typer.echo(keys.markdown() if markdown else keys.explain(config), nl=not markdown)
+        return
+    if config is None:
+        raise typer.BadParameter("name a config, or a key with --explain", param_hint="CONFIG")
     from bootvit.config import dump_config
     from bootvit.load import load_config
 
     typer.echo(dump_config(load_config(config, overrides or [])), nl=False)
+
+
+@app.command("configs")
+def list_configs(
+    words: Annotated[Optional[list[str]], typer.Argument(metavar="[WORD]...", help="only those that name all")] = None,  # noqa: UP045
+    as_json: Json = False,
+) -> None:
+    """What is shipped: configs of runs, sweeps, and presets to extend, a line each.
+
+    Example: bootvit configs digits
+
+    Next: bootvit config digits/joint, or `extends: digits/joint` in a file of yours
+    """
+    from bootvit.config import shipped_configs
+
+    found = [one for one in shipped_configs() if all(word.lower() in " ".join(one).lower() for word in words or [])]
+    if as_json:
+        print_json([one._asdict() for one in found])
+        return
+    width = max((len(one.name) for one in found), default=0)
+    for one in found:
+        typer.echo(f"{one.kind:6}  {one.name:{width}}  {one.about}")
 
 
 @app.command()
@@ -167,7 +290,12 @@ def report(
     out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
-    """Method x fraction tables and plots from run folders or from MLflow."""
+    """Method x fraction tables and plots from run folders or from MLflow.
+
+    Example: bootvit report --sweep digits-fractions --out report
+
+    Next: report/report.html in a browser
+    """
     from bootvit.report.command import command
 
     command(folders or [], experiment=experiment, sweep=sweep, out=out, as_json=as_json)
@@ -175,7 +303,12 @@ def report(
 
 @track_app.command("sync")
 def track_sync(run: RunName, overrides: Overrides = None) -> None:
-    """Send MLflow what it has not got of a run, such as when its server was down; only tracking.* may be changed."""
+    """Send MLflow what it has not got of a run, such as when its server was down; only tracking.* may be changed.
+
+    Example: bootvit track sync digits-joint
+
+    Next: bootvit report --experiment digits
+    """
     from bootvit.load import change_config
     from bootvit.runs import open_run
     from bootvit.tracking.sync import sync_run
@@ -186,7 +319,12 @@ def track_sync(run: RunName, overrides: Overrides = None) -> None:
 
 @data_app.command("info")
 def data_info(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> None:
-    """What is in a data set."""
+    """What is in a data set.
+
+    Example: bootvit data info digits/joint
+
+    Next: bootvit data check CONFIG
+    """
     from bootvit.data.info import describe
     from bootvit.load import load_config
 
@@ -195,7 +333,12 @@ def data_info(config: ConfigName, overrides: Overrides = None, as_json: Json = F
 
 @data_app.command("check")
 def data_check(config: ConfigName, overrides: Overrides = None, as_json: Json = False) -> int:
-    """Read every image once, before somebody pays for a GPU; status 1 if something is wrong."""
+    """Read every image once, before somebody pays for a GPU; status 1 if something is wrong.
+
+    Example: bootvit data check digits/joint
+
+    Next: bootvit train CONFIG
+    """
     from bootvit.data.check import report
     from bootvit.load import load_config
 
@@ -222,7 +365,12 @@ def data_pack(
     out: Annotated[Path, typer.Option("--out", help="folder for the Parquet files")] = Path("packed"),
     as_json: Json = False,
 ) -> None:
-    """Write Parquet files in which every fraction is a prefix."""
+    """Write Parquet files in which every fraction is a prefix.
+
+    Example: bootvit data pack digits/joint --out packed
+
+    Next: bootvit train CONFIG data.source=parquet data.root=packed
+    """
     from bootvit.data.pack import pack
     from bootvit.load import load_config
 
@@ -236,7 +384,12 @@ def data_fraction(
     keys: Annotated[bool, typer.Option("--keys", help="print the images' keys, one a line")] = False,
     as_json: Json = False,
 ) -> None:
-    """The subset that `data.fraction` takes: its digest, size and classes."""
+    """The subset that `data.fraction` takes: its digest, size and classes.
+
+    Example: bootvit data fraction digits/joint data.fraction=0.1
+
+    Next: bootvit train CONFIG data.fraction=0.1
+    """
     from bootvit.data.info import fraction_keys, fraction_report
     from bootvit.load import load_config
 
@@ -248,9 +401,30 @@ def data_fraction(
     _print_facts(fraction_report(data), as_json)
 
 
+@data_app.command("suggest")
+def data_suggest(
+    place: Annotated[str, typer.Argument(metavar="FOLDER|CONFIG", help="a folder of images, or a config with data")],
+    overrides: Overrides = None,
+) -> None:
+    """Print a config that fits your images: their size, patch, width and epochs, and why.
+
+    Example: bootvit data suggest flowers/ > flowers.yaml
+
+    Next: bootvit train flowers.yaml --local
+    """
+    from bootvit.data.suggest import suggest
+
+    typer.echo(suggest(place, overrides or []), nl=False)
+
+
 @app.command()
 def models(as_json: Json = False) -> None:
-    """Every row of the paper's tables with its parameters and GFLOPs."""
+    """Every row of the paper's tables with its parameters and GFLOPs.
+
+    Example: bootvit models
+
+    Next: bootvit configs vit-base
+    """
     from bootvit.models import sizes
 
     if as_json:
@@ -267,7 +441,12 @@ def import_reference(
     name: Annotated[Optional[str], typer.Option(help="the run's name; default: as the YAML file")] = None,  # noqa: UP045
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a run of this name first")] = False,
 ) -> None:
-    """Turn a checkpoint of the reference implementation into a run."""
+    """Turn a checkpoint of the reference implementation into a run.
+
+    Example: bootvit import checkpoint.pth --config joint.yaml
+
+    Next: bootvit eval RUN data.root=FOLDER --local
+    """
     from bootvit.reference.importing import import_checkpoint
 
     done = import_checkpoint(checkpoint, config, overrides or [], name=name, overwrite=overwrite)
@@ -283,7 +462,12 @@ def export(
     out: Annotated[Optional[Path], typer.Option(help="file, or folder for timm; default: RUN/export/")] = None,  # noqa: UP045
     best: Best = False,
 ) -> None:
-    """Write a run's weights in a format that others load."""
+    """Write a run's weights in a format that others load.
+
+    Example: bootvit export digits-joint --format timm
+
+    Next: bootvit train CONFIG model.vit.weights=FOLDER starts from it, and timm loads it
+    """
     from bootvit.export import export as write
     from bootvit.runs import open_run
 
@@ -299,7 +483,12 @@ def submit(
     wait: Annotated[bool, typer.Option("--wait/--no-wait", help="follow the job's log to its end")] = True,
     pip: Annotated[bool, typer.Option("--pip", help="install there first what is installed here, pinned")] = False,
 ) -> int:
-    """Run `train` or `sweep` as a job on a Ray cluster."""
+    """Run `train` or `sweep` as a job on a Ray cluster.
+
+    Example: bootvit submit --address http://HEAD:8265 -- train digits/joint ray.storage_path=/shared
+
+    Next: bootvit logs RUN
+    """
     from cluster.submit import submit as send
 
     return send(command, address=address, wait=wait, pip=pip)

@@ -12,7 +12,7 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bootvit.asks import Ask
-from bootvit.loop import EpochReport
+from bootvit.result import EpochReport
 
 EVERY = 1.0  # seconds between two looks of a worker
 

@@ -9,11 +9,14 @@ from bootvit import checkpoint
 from bootvit.config import Config, validate, whole
 from bootvit.data import DataFacts, DataSplits, open_splits
 from bootvit.data.batches import EvalBatches
+from bootvit.driver import pick_device
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.loop import check_evaluable, of_all_workers
+from bootvit.ray_connection import start_ray
+from bootvit.ray_workers import on_workers, ray_world
 from bootvit.runs import RunFolder, fetch_weights, found_run
-from bootvit.train import on_workers, pick_device, ray_world, start_ray
+from bootvit.storage import place_at
 from bootvit.weights import newest_state
 
 # what an evaluation may change: which images it counts, how fast and how precisely; the rest is the run's
@@ -61,7 +64,7 @@ def evaluate(config: Config, folder: RunFolder, *, local: bool, best: bool = Fal
     data = [] if root is None or "://" in root else [reads(f"data.root={root}", Path(root))]
     run = [] if folder.store else [reads(str(folder), folder.config)]  # a store's answer is a worker's
     check_nodes([*run, *data])
-    job = {"config": whole(config), "folder": folder, "best": best}
+    job = {"config": whole(config), "run": folder.address, "best": best}
     return Evaluation(*on_workers(config, eval_worker, job))
 
 
@@ -102,8 +105,6 @@ def document(counts: Counts) -> dict[str, float | int]:
 
 def eval_worker(job: dict[str, Any]) -> tuple[Any, ...]:
     """One worker of Ray Train."""
-    config, folder = validate(Config, job["config"], "job"), job["folder"]
-    if folder.store is not None:
-        folder = found_run(folder.store)
-        fetch_weights(folder, "best" if job["best"] else "newest")
+    config, folder = validate(Config, job["config"], "job"), found_run(place_at(job["run"]))
+    fetch_weights(folder, "best" if job["best"] else "newest")
     return tuple(evaluate_here(config, folder.path, ray_world(config), best=job["best"]))

@@ -30,8 +30,8 @@ from bootvit.files import write_atomic, write_json
 from bootvit.learner import Networks
 from bootvit.models import Features
 from bootvit.models.agent import Agent, TimmCNN
+from bootvit.models.shapes import mirrors, vit_shape
 from bootvit.models.shared import standing_alone
-from bootvit.models.zoo import mirrors, vit_shape
 
 ENDINGS = {"timm": "", "onnx": ".onnx", "torchscript": ".pt"}  # timm writes a folder
 TIMM_FILES = ("config.json", "model.safetensors")

@@ -10,11 +10,14 @@ from typing import Any
 
 from bootvit.config import SHIPPED, Config, flatten, leaves, read_layers
 from bootvit.data import DataSplits, way_of
-from bootvit.models.zoo import mirrors
+from bootvit.models.shapes import mirrors
 from bootvit.optim import network_optim, network_schedule
 
 # what these say of a network that a method does not train is not the user's; reference.yaml counts only as a whole
-PRESETS = ("base", "baseline", "cifar10", "cifar10-tiny", "cifar100", "digits", "finetune", "imagenet", "small")
+PRESETS = (
+    *("base", "baseline", "cifar10", "cifar10-tiny", "cifar100", "digits", "finetune", "imagefolder", "imagenet"),
+    "small",
+)
 
 
 @dataclass(frozen=True)

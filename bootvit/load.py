@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from bootvit.addresses import public_address
+from bootvit.addresses import public_address, wrong_address, wrong_with
 from bootvit.config import Config, flatten, override, place_of, read_config, validate, whole, with_overrides
-from bootvit.data.stores import wrong_address, wrong_with
 from bootvit.errors import UserError
-from bootvit.models.zoo import check_models
+from bootvit.models.checks import check_models
 
 # a folder may be named with a colon, but what begins so is meant as an address
 STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "wasb", "hdfs", "viewfs", "hf", "file", "http", "https")

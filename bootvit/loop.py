@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, TypeVar
+from typing import Literal, TypeVar
 
 import torch.distributed as dist
 
@@ -20,7 +20,7 @@ from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.meter import Meter
-from bootvit.result import Accuracy, Best, Result, new_result
+from bootvit.result import Accuracy, Best, EpochReport, Result, new_result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
 from bootvit.weights import warm_start
@@ -30,15 +30,6 @@ PATIENCE = 60.0  # seconds that a worker waits for a checkpoint that rank 0 sees
 Scores = dict[Network, Counts]
 TestUse = Literal["auto", "last", "never"]
 T = TypeVar("T")
-
-
-class EpochReport(NamedTuple):
-    """What a caller learns after every epoch, on every rank, once its checkpoint is on disk."""
-
-    epoch: int  # epochs completed
-    step: int
-    metrics: dict[str, float]  # "held_out/vit/top1": 45.8, ...; empty where this epoch was not evaluated
-    last: bool = False
 
 
 @dataclass

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from bootvit.config import Config, override
-from bootvit.data import DataFacts, EvalBatches, ImageTable, Subset
+from bootvit.data import DataFacts, ImageTable, Subset
+from bootvit.data.batches import EvalBatches
+from bootvit.data.keys import by_hash
 from bootvit.data.listing import Passed, images_below
-from bootvit.data.table import FileImages, printable
+from bootvit.data.table import ArrowImages, FileImages, Images, printable
+from bootvit.driver import pick_device
 from bootvit.errors import RunFailed, UserError
 from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner, World
-from bootvit.train import pick_device
 
 Row = dict[str, Any]
 
@@ -31,14 +35,36 @@ def predict(
     Yields for every image in order one row a network, {"image", "network", "classes": {name: probability}}, or
     {"image", "error"} for one that cannot be read. Raises `UserError` for a path that is not there.
     """
+    paths = [path for given in images for path in files_of(given)]
+    names = [printable(path) for path in paths]
+    yield from answers(config, run_dir, lambda facts: of_files(paths, facts), names, top, best=best)
+
+
+def predict_images(
+    config: Config, run_dir: Path, images: Sequence[Image.Image], top: int = 5, *, best: bool = False
+) -> Iterator[Row]:
+    """The same of images in memory, prepared as if they were read from files; their names are their numbers."""
+    names = [str(number) for number in range(len(images))]
+    yield from answers(config, run_dir, lambda facts: of_images(images, facts), names, top, best=best)
+
+
+def answers(
+    config: Config,
+    run_dir: Path,
+    subset_of: Callable[[DataFacts], Subset],
+    names: Sequence[str],
+    top: int,
+    *,
+    best: bool,
+) -> Iterator[Row]:
+    """The rows of the images of a subset, each under its name."""
     state = read_checkpoint(run_dir, best=best)
     facts = DataFacts.from_dict(state["data"])
-    paths = [path for given in images for path in files_of(given)]
     world = World(0, 1, pick_device(config.ray.use_gpu))
     learner = Learner(config, len(facts.classes), world)
     learner.networks.load_state_dict(state["learner"]["networks"])
     learner.networks.eval()
-    subset = of_files(paths, facts)
+    subset = subset_of(facts)
     skipping = override(config, {"data": {"on_error": "skip"}})
     batches = EvalBatches(subset, skipping, facts.preparation, rank=0, world=1, device=world.device)
     done = 0
@@ -46,10 +72,10 @@ def predict(
         places = batch.labels.tolist()
         rows = dict(zip(places, guesses(learner, batch.images, facts, top), strict=True))
         for place in range(done, places[-1] + 1):
-            yield from told(paths[place], rows.get(place), batches.broken)
+            yield from told(names[place], rows.get(place), batches.broken)
         done = places[-1] + 1
-    for path in paths[done:]:
-        yield from told(path, None, batches.broken)
+    for name in names[done:]:
+        yield from told(name, None, batches.broken)
 
 
 def files_of(path: Path) -> list[Path]:
@@ -66,11 +92,30 @@ def files_of(path: Path) -> list[Path]:
 
 def of_files(paths: Sequence[Path], facts: DataFacts) -> Subset:
     """Files as a data set; an image's label is its place."""
-    places = np.arange(len(paths), dtype=np.int64)
-    rows = pa.table({"label": places, "key": pa.array([printable(path) for path in paths], pa.string())})
     files = FileImages(Path(), pa.array([os.fsencode(path) for path in paths], pa.binary()))
+    return _as_subset(files, [printable(path) for path in paths], facts)
+
+
+def of_images(images: Sequence[Image.Image], facts: DataFacts) -> Subset:
+    """Images in memory as a data set; an image's label is its place."""
+    column = pa.chunked_array([pa.array([_png(image) for image in images], pa.binary())])
+    encoded = ArrowImages(column, np.arange(len(images), dtype=np.int64))
+    return _as_subset(encoded, [str(number) for number in range(len(images))], facts)
+
+
+def _as_subset(images: Images, keys: Sequence[str], facts: DataFacts) -> Subset:
+    places = np.arange(len(keys), dtype=np.int64)
+    rows = pa.table({"label": places, "key": pa.array(keys, pa.string())})
     mean, std = facts.preparation.mean, facts.preparation.std
-    return Subset(ImageTable(rows, files, facts.classes, mean, std, "", native=None, auto="area"), places)
+    return Subset(
+        ImageTable(rows, by_hash(rows["key"]), images, facts.classes, mean, std, "", native=None, auto="area"), places
+    )
+
+
+def _png(image: Image.Image) -> bytes:
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return out.getvalue()
 
 
 @torch.no_grad()
@@ -87,9 +132,8 @@ def guesses(learner: Learner, pixels: torch.Tensor, facts: DataFacts, top: int) 
     return out
 
 
-def told(path: Path, found: dict[str, dict[str, float]] | None, broken: dict[str, str]) -> Iterator[Row]:
+def told(name: str, found: dict[str, dict[str, float]] | None, broken: dict[str, str]) -> Iterator[Row]:
     """The rows of one image."""
-    name = printable(path)
     if found is None:
         yield {"image": name, "error": broken[name]}
         return

@@ -1,10 +1,12 @@
-"""What can be wrong with a Ray before it is asked: its address, who listens there, and the folder of a local one.
+"""The connection to Ray; and what can be wrong before it is asked: address, who listens there, a local one's folder.
 
 Ray itself would try for minutes, or end with a traceback of its own processes.
 """
 
 from __future__ import annotations
 
+import logging
+import math
 import os
 import re
 import socket
@@ -12,9 +14,12 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
+from bootvit.asks import raise_on_sigterm
+from bootvit.config import Config
 from bootvit.errors import UserError
 
 CONNECT_S = 5.0  # to the first answer of the cluster's head
@@ -131,3 +136,33 @@ def _check_writable(name: str, folder: Path) -> None:
         raise UserError(
             f"{name}={folder}: a local Ray cannot write there ({err.strerror}): set it to a folder that can be written"
         ) from None
+
+
+def connect_ray(cpus: float) -> None:
+    """Connect to RAY_ADDRESS's cluster, or start a Ray here that has at least this many CPUs.
+
+    `UserError` within half a minute if no cluster is there, or a local one could not write its files.
+    """
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")  # report() takes about this long
+    import ray
+
+    if ray.is_initialized():
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address := check_address():
+        with one_line_for(address):
+            ray.init(**quiet)
+    else:
+        cpus = max(os.cpu_count() or 1, math.ceil(cpus))
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=session_folder(), **quiet)
+    raise_on_sigterm()  # Ray has put its own handler there
+
+
+def start_ray(config: Config) -> None:
+    """A Ray on which the run's workers fit; `UserError` if they do not, or if it is not installed."""
+    if find_spec("ray") is None:
+        raise UserError("Ray is not installed: pip install 'bootvit[ray]', or add --local")
+    from cluster.capacity import check_cluster, train_workers
+
+    connect_ray(config.ray.most * config.ray.cpus_per_worker)
+    check_cluster(train_workers(config), "the cluster")

@@ -70,6 +70,10 @@ class Hold:
         if not self.store.conditional and (lease_of(self.store, self.number) or {}).get("id") != self.id:
             raise TakenOver(f"{self.store}: another process has taken over this run; this one stops")
 
+    def told(self) -> dict[str, Any]:
+        """For another process, in plain values."""
+        return vars(self) | {"store": self.store.address}
+
     def for_group(self) -> Hold:
         """The next lease, for a group of this driver's workers."""
         self.check()

@@ -1,15 +1,24 @@
-"""`result.json`: how a run ended, in the same keys whatever the end."""
+"""What a run says: after every epoch, and in `result.json` how it ended, in the same keys whatever the end."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, TypedDict
+from typing import Literal, NamedTuple, TypedDict
 
 from bootvit.config import Config, Method, Network
 from bootvit.files import read_json
 
 RunStatus = Literal["finished", "failed", "interrupted"]
 Accuracy = dict[Network, dict[Literal["top1", "top5"], float]]  # in percent
+
+
+class EpochReport(NamedTuple):
+    """What a caller learns after every epoch, on every rank, once its checkpoint is on disk."""
+
+    epoch: int  # epochs completed
+    step: int
+    metrics: dict[str, float]  # "held_out/vit/top1": 45.8, ...; empty where this epoch was not evaluated
+    last: bool = False
 
 
 class Best(TypedDict):

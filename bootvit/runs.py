@@ -6,13 +6,14 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from bootvit import checkpoint, remote
+from bootvit.addresses import is_address
 from bootvit.config import Config, dump_config, flatten, parse_yaml
 from bootvit.data.facts import DataFacts
 from bootvit.errors import RunFailed, UserError
@@ -21,7 +22,8 @@ from bootvit.load import load_config, make_config
 from bootvit.mirror import mirrored
 from bootvit.remote import Hold, TakenOver
 from bootvit.result import Result, read_result
-from bootvit.storage import Place, Store, is_address, place_at, read_at
+from bootvit.storage import Place, Store, place_at, read_at
+from bootvit.tracking.artifacts import chosen
 
 # what may differ between a run and its resumption: where and how fast it runs, not what it computes
 FREE_ON_RESUME = (
@@ -62,6 +64,11 @@ class RunFolder:
         return self.store or self.path
 
     @property
+    def address(self) -> str:
+        """The same, as it is given to another process."""
+        return self.store.address if self.store else str(self.path)
+
+    @property
     def config(self) -> Path:
         """The resolved config."""
         return self.path / "config.yaml"
@@ -100,6 +107,26 @@ class RunFolder:
     def _copy_for_group(self, driver: Hold) -> RunFolder:
         hold = driver.for_group()
         return replace(self, path=remote.new_scratch(hold), hold=hold)
+
+    def in_store(self, told: Mapping[str, Any]) -> RunFolder:
+        """The folder with the driver's hold of it, as it was `told`."""
+        store = Store(told["store"])
+        return replace(self, store=store, hold=Hold(**{**told, "store": store}))
+
+    @contextmanager
+    def followed(self) -> Iterator[None]:
+        """Keep a driver's copy of a run in a store as its workers' log there says."""
+        if self.hold is None:
+            yield
+            return
+        with remote.followed(self.hold, self.path):
+            yield
+
+    def fetch_artifacts(self, config: Config) -> None:
+        """Get the checkpoints that the driver of a run in a store sends to MLflow."""
+        if self.store is not None:
+            for saved in chosen(config, self.path):
+                remote.fetch(self.store, saved)
 
     def for_other_worker(self) -> RunFolder:
         """The folder of a worker that is not the first: of a run in a store, one for its log alone."""
@@ -265,9 +292,9 @@ def known_data(folder: RunFolder) -> DataFacts | None:
     return DataFacts.from_dict(checkpoint.load(saved)["data"]) if saved else None
 
 
-def check_same_data(folder: RunFolder | None, facts: DataFacts) -> None:
+def check_same_data(folder: RunFolder, facts: DataFacts) -> None:
     """Refuse to resume a run on other images or classes than its own; they may lie elsewhere."""
-    known = known_data(folder) if folder is not None else None
+    known = known_data(folder)
     if known is not None:
         known.check_same(facts, f"{folder}: cannot resume")
 

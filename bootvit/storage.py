@@ -20,8 +20,8 @@ from urllib.parse import parse_qs, unquote
 import pyarrow as pa
 from pyarrow import fs
 
-from bootvit.addresses import public_address
-from bootvit.data.stores import answered, in_time, open_system, wrong_address
+from bootvit.addresses import is_address, public_address, wrong_address
+from bootvit.data.stores import answered, in_time, open_system
 from bootvit.errors import RunFailed, UserError
 from bootvit.files import write_atomic
 
@@ -268,11 +268,6 @@ class Store:
 # ---------------------------------------------------------------------------------------- a folder, or a store
 
 Place = Path | Store
-
-
-def is_address(place: str) -> bool:
-    """Whether a text is an address, not a path."""
-    return "://" in place
 
 
 def place_at(place: str) -> Place:

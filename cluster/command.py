@@ -14,11 +14,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bootvit.addresses import has_secret
+from bootvit.addresses import has_secret, is_address
 from bootvit.config import find_config, layers, merge, nest, origin_of, read_layers, with_overrides
 from bootvit.errors import UserError
 from bootvit.load import load_config
-from bootvit.storage import is_address
 from cluster.capacity import Workers, train_workers, trial_workers
 
 VERBS = ("train", "sweep")
@@ -160,7 +159,10 @@ def _get(tree: dict[str, Any], key: str) -> Any:
 
 
 def _files(path: Path) -> set[Path]:
-    """The file and all that it extends, resolved; names that only this machine knows are refused."""
+    """The file and all that it extends by path, resolved; places that only this machine knows are refused.
+
+    What is extended as a shipped config goes along with the package.
+    """
     found = list(layers(path))
     for layer in found:
         base = layer.data.get("base")
@@ -169,4 +171,4 @@ def _files(path: Path) -> set[Path]:
             for place in places:
                 if re.match(r"[/~]", place):
                     raise UserError(f"{layer.path}: {key}={place}: a job needs it relative to the file")
-    return {layer.path for layer in found}
+    return {layer.path for layer in found if not layer.shipped}

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bootvit.addresses import is_address
 from bootvit.errors import RunFailed, UserError
-from bootvit.storage import is_address
 from cluster.capacity import working_nodes
 
 if TYPE_CHECKING:

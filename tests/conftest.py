@@ -11,6 +11,7 @@ import torch
 from store_proxy import CREDENTIALS, Proxy, serve
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let its workers starve beside other tests
 torch.set_num_threads(1)
 
 

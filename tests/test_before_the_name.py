@@ -13,7 +13,7 @@ from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Learner
 from bootvit.load import load_config, make_config
-from bootvit.models.zoo import check_batches
+from bootvit.models.checks import check_batches
 from bootvit.runs import check_storage
 from tune.run.data import check_data
 from tune.run.folder import check_folder
@@ -89,7 +89,7 @@ def test_training_refuses_the_place_before_it_starts_ray(
     monkeypatch.chdir(tmp_path)
     file = write(tmp_path / "results", "kept")
     write(tmp_path / "tiny.yaml", dump_config(make_config(TINY, "tiny")))
-    monkeypatch.setattr("bootvit.train.start_ray", lambda config: pytest.fail("Ray was started"))
+    monkeypatch.setattr("bootvit.driver.start_ray", lambda config: pytest.fail("Ray was started"))
     assert main(["train", "tiny.yaml", f"ray.storage_path={file}"]) == 2
     assert capsys.readouterr().err == (
         f"bootvit: error: ray.storage_path={file}: {file} is not a folder; give a folder, which may be new\n"

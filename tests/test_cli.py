@@ -211,3 +211,31 @@ def test_local_training_imports_neither_ray_nor_mlflow(here: Path) -> None:
         "sys.exit(status)\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=here)
+
+
+# --------------------------------------------------------------------------------------------- light imports
+
+HEAVY = "torch torchvision timm ray mlflow pandas matplotlib pyarrow sklearn"
+IMPORTED = """
+import sys
+from bootvit.__main__ import main
+assert main(sys.argv[2:]) == 0
+print([name for name in sys.argv[1].split() if name in sys.modules], file=sys.stderr)
+"""
+
+
+@pytest.mark.parametrize(
+    "command", [["--help"], ["train", "--help"], ["config", "digits/joint"], ["config", "imagenet/shared-base-5pct"]]
+)
+def test_what_only_prints_imports_nothing_heavy(command: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-c", IMPORTED, HEAVY, *command], capture_output=True, text=True, check=True)
+    assert done.stderr == "[]\n"
+
+
+@pytest.mark.parametrize(
+    "order",
+    ["bootvit, timm", "timm, bootvit", "bootvit, importlib.util; importlib.util.find_spec('timm'); import timm"],
+)
+def test_importing_bootvit_registers_its_models_with_timm_whichever_comes_first(order: str) -> None:
+    code = f"import {order}; timm.create_model('bootvit_small_distilled_patch16_224', depth=1)"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from helpers import write
 
-from bootvit.config import SHIPPED, all_keys, dump_config, flatten, parse_override
+from bootvit.config import SHIPPED, all_keys, dump_config, flatten, layers, parse_override
 from bootvit.config import Config as Schema
 from bootvit.errors import UserError
 from bootvit.load import load_config
@@ -58,6 +58,11 @@ def test_places_are_resolved_where_the_command_was_started(tmp_path: Path, monke
         ("seed: 1\nseed: 2", [], "'seed' is given twice"),
         ("a: [", [], "not valid YAML"),
         ("extends: nowhere.yaml", [], "extends 'nowhere.yaml'"),
+        (
+            "extends: digits/jiont",
+            [],
+            "nor a shipped config of that name exists; the nearest shipped one is 'digits/joint'",
+        ),
         ("extends: x.yaml", [], "extends itself"),
         ("", ["optim.lr"], "expected KEY=VALUE"),
         ("", ["optim.lr=-1"], "override 'optim.lr=-1'"),
@@ -80,6 +85,19 @@ def test_a_mistake_is_one_line(text: str, overrides: list[str], expected: str, t
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
     assert "x.yaml" in str(caught.value) or "override" in str(caught.value)
+
+
+def test_a_file_extends_a_shipped_config_by_its_name_unless_a_file_beside_it_has_that_name(tmp_path: Path) -> None:
+    mine = write(tmp_path / "mine.yaml", "extends: digits/shared\nseed: 3")
+    config = load_config(str(mine))
+    assert (config.seed, config.method, config.data.source) == (3, "shared", "digits")
+    assert [(layer.path.name, layer.shipped) for layer in layers(mine)] == [
+        ("digits.yaml", True),
+        ("shared.yaml", True),
+        ("mine.yaml", False),
+    ]
+    write(tmp_path / "digits" / "shared", "method: vit")
+    assert load_config(str(mine)).method == "vit"
 
 
 def test_an_unknown_name_suggests_the_nearest_shipped_config() -> None:
@@ -169,7 +187,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
         ("a: " + "[" * 3000 + "]" * 3000, "nested too deeply"),
         ("extends: 3", "extends=3: expected a file's name"),
         ("extends: [1]", "extends=[1]: expected a file's name"),
-        (f"extends: {'a' * 5000}", "does not exist"),
+        (f"extends: {'a' * 5000}", "neither the file"),
         ("seed: 1\n---\nseed: 2", "not valid YAML"),
         (f"name: {'a' * 5000}", "..."),
         ("a: \x00", "not valid YAML"),

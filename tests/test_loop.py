@@ -16,7 +16,8 @@ from bootvit.config import Config
 from bootvit.errors import RunFailed, UserError
 from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner, Networks
-from bootvit.loop import EpochReport, fit
+from bootvit.loop import fit
+from bootvit.result import EpochReport
 from bootvit.runs import claim
 from bootvit.tracking import read_journal
 

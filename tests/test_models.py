@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from bootvit.errors import UserError
 from bootvit.learner import Networks
 from bootvit.load import load_config
-from bootvit.models.agent import HeadTapConv, head_taps
+from bootvit.models.agent import HeadTapConv
+from bootvit.models.shapes import head_taps
 from bootvit.models.shared import SharedMixer, shift_heads
 from bootvit.models.vit import EntmaxAttention, vit_features
 from bootvit.models.zoo import build_vit

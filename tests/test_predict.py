@@ -16,14 +16,15 @@ from PIL import Image
 from bootvit import checkpoint
 from bootvit.__main__ import main
 from bootvit.config import Config, merge
-from bootvit.data import DataFacts, EvalBatches, open_splits
+from bootvit.data import DataFacts, open_splits
+from bootvit.data.batches import EvalBatches
+from bootvit.driver import train
 from bootvit.errors import UserError
 from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner
 from bootvit.load import make_config
 from bootvit.predict import of_files, predict
 from bootvit.runs import open_run
-from bootvit.train import train
 
 MakeRun = Callable[..., tuple[Config, Path]]
 

@@ -6,6 +6,7 @@
 from bootvit.config.files import (
     SHIPPED,
     dump_config,
+    find_beside,
     find_config,
     flatten,
     layers,
@@ -17,10 +18,11 @@ from bootvit.config.files import (
     parse_override,
     read_config,
     read_layers,
+    shipped_names,
     whole,
     with_overrides,
 )
-from bootvit.config.messages import all_keys, place_of, suggest, validate
+from bootvit.config.messages import all_keys, place_of, section_of, suggest, validate
 from bootvit.config.schema import (
     AgentConfig,
     AgentOptimConfig,
@@ -42,6 +44,7 @@ from bootvit.config.schema import (
     ViTConfig,
     pair,
 )
+from bootvit.config.shipped import shipped_configs
 from bootvit.config.text import parse_yaml
 
 __all__ = [
@@ -66,6 +69,7 @@ __all__ = [
     "ViTConfig",
     "all_keys",
     "dump_config",
+    "find_beside",
     "find_config",
     "flatten",
     "layers",
@@ -80,6 +84,9 @@ __all__ = [
     "place_of",
     "read_config",
     "read_layers",
+    "section_of",
+    "shipped_configs",
+    "shipped_names",
     "suggest",
     "validate",
     "whole",

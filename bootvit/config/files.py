@@ -29,24 +29,37 @@ class Layer(NamedTuple):
     path: Path  # resolved
     data: dict[str, Any]  # without `extends`
     extends: list[str]  # as written
+    shipped: bool = False  # named as a shipped config, by a file or by one that was
 
 
 def find_config(name: str, shipped: Path = SHIPPED) -> Path:
     """A path to a YAML file, or the name of a shipped config without its ending."""
-    for path in (Path(name), shipped / f"{name}.yaml", shipped / name):
-        if is_file(path):
-            return path
-    known = sorted(str(p.relative_to(shipped).with_suffix("")) for p in shipped.rglob("*.yaml"))
-    near = get_close_matches(name.removesuffix(".yaml").removeprefix("configs/"), known, n=1)
+    found = Path(name) if is_file(Path(name)) else find_shipped(name, shipped)
+    if found is not None:
+        return found
     if os.path.lexists(name):
         raise UserError(f"{name}: not a regular file: a config is one, or the name of a shipped one")
-    raise UserError(
-        f"{public(name)[:200]}: no such config file" + (f"; the nearest shipped one is {near[0]!r}" if near else "")
-    )
+    raise UserError(f"{public(name)[:200]}: no such config file{nearest_shipped(name, shipped)}")
 
 
-def layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[Layer]:
-    """The files that one extends (relative to itself), and it, in the order in which later ones win.
+def find_shipped(name: str, shipped: Path = SHIPPED) -> Path | None:
+    """A shipped config by its name, with or without its ending."""
+    return next((path for path in (shipped / f"{name}.yaml", shipped / name) if is_file(path)), None)
+
+
+def shipped_names(shipped: Path = SHIPPED) -> list[str]:
+    """The names of all shipped configs: `digits/joint`, ..."""
+    return sorted(path.relative_to(shipped).with_suffix("").as_posix() for path in shipped.rglob("*.yaml"))
+
+
+def nearest_shipped(name: str, shipped: Path = SHIPPED) -> str:
+    """The end of a message on a config that is not there."""
+    near = get_close_matches(name.removesuffix(".yaml").removeprefix("configs/"), shipped_names(shipped), n=1)
+    return f"; the nearest shipped one is {near[0]!r}" if near else "; `bootvit configs` lists what is shipped"
+
+
+def layers(path: Path, seen: tuple[Path, ...] = (), *, shipped: bool = False) -> Iterator[Layer]:
+    """The files that one extends, and it, in the order in which later ones win.
 
     Raises `UserError` for a file that cannot be read, is not there, or extends itself.
     """
@@ -62,11 +75,21 @@ def layers(path: Path, seen: tuple[Path, ...] = ()) -> Iterator[Layer]:
         raise UserError(f"{path}: a config is a mapping of keys to values, not {type(data).__name__}")
     parents = _parents_of(data, path)
     for parent in parents:
-        target = path.parent / parent
-        if not is_file(target):
-            raise UserError(f"{path}: extends {public(parent)[:200]!r}, but {public(str(target))[:300]} does not exist")
-        yield from layers(target, (*seen, path))
-    yield Layer(path, {key: value for key, value in data.items() if key != "extends"}, parents)
+        target = find_beside(path, "extends", parent)
+        yield from layers(target, (*seen, path), shipped=shipped or not is_file(path.parent / parent))
+    yield Layer(path, {key: value for key, value in data.items() if key != "extends"}, parents, shipped)
+
+
+def find_beside(path: Path, key: str, name: str) -> Path:
+    """What `key` of the file `path` names: a file relative to `path`, else a shipped config; `UserError` if neither."""
+    beside = path.parent / name
+    found = beside if is_file(beside) else find_shipped(name)
+    if found is None:
+        raise UserError(
+            f"{path}: {key} {public(name)[:200]!r}: neither the file {public(str(beside))[:300]} nor a shipped config "
+            f"of that name exists{nearest_shipped(name)}"
+        )
+    return found
 
 
 def read_layers(path: Path) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, SerializationInfo, model_validator
 
@@ -37,53 +37,93 @@ class Section(BaseModel):
     """Base of every section: immutable, typed strictly, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    read_by: ClassVar[tuple[str, ...]] = ()  # the files that act on its keys, for `bootvit config --explain`
 
 
 class ViTConfig(Section):
     """The student Transformer: a timm name, and what is to differ from it."""
 
-    name: str = Field("bootvit_small_patch16_224", description="any plain ViT of timm, ours included")
-    width: int | None = Field(None, ge=1, description="tokens' width; null: as the name says")
-    depth: int | None = Field(None, ge=1, description="number of blocks; null: as the name says")
-    heads: int | None = Field(None, ge=1, description="attention heads; null: as the name says")
-    mlp_width: int | None = Field(None, ge=1, description="hidden width of the MLPs; null: as the name says")
-    patch: Size | None = Field(None, description="patch size, or [rows, columns]; null: as the name says")
-    norm_eps: Positive | None = Field(None, description="LayerNorm's epsilon; null: as the name says")
-    attention: Literal["softmax", "entmax", "entmax_fixed"] = Field(
-        "softmax", description="entmax: sparse, alpha learned per block; entmax_fixed: alpha stays at 1.5"
+    read_by = ("bootvit/models/zoo.py", "bootvit/models/shapes.py", "bootvit/weights.py")
+    name: str = Field(
+        "bootvit_small_patch16_224", description="The student's name in timm: any plain ViT, ours included."
     )
-    dropout: Rate = Field(0.0, description="on attention weights, on both residual branches and in the MLP")
-    pos_dropout: Rate = Field(0.0, description="after the position table is added")
+    width: int | None = Field(None, ge=1, description="Width of the tokens; null: as the name says.")
+    depth: int | None = Field(None, ge=1, description="Number of blocks; null: as the name says.")
+    heads: int | None = Field(
+        None, ge=1, description="Attention heads, which divide the width; null: as the name says."
+    )
+    mlp_width: int | None = Field(None, ge=1, description="Hidden width of the blocks' MLPs; null: as the name says.")
+    patch: Size | None = Field(
+        None,
+        description="Pixels of a patch's side, or [rows, columns], which divide the image; null: as the name says.",
+    )
+    norm_eps: Positive | None = Field(None, description="Epsilon of every LayerNorm; null: as the name says.")
+    attention: Literal["softmax", "entmax", "entmax_fixed"] = Field(
+        "softmax",
+        description="What turns scores into attention: entmax is sparse, with an alpha that each block learns; "
+        "entmax_fixed keeps alpha at 1.5.",
+    )
+    dropout: Rate = Field(0.0, description="Dropout on attention weights, on both residual branches and in the MLPs.")
+    pos_dropout: Rate = Field(0.0, description="Dropout after the position table is added to the tokens.")
     weights: Address | None = Field(
-        None, description="a run, its checkpoint, a timm export, a file, or timm (its hub); null: from scratch"
+        None,
+        description="What to start from: a run, its checkpoint, a timm export, a file, or timm (its hub); null: from "
+        "scratch.",
     )
 
 
 class AgentConfig(Section):
     """The agent CNN: mirrors the ViT's width, depth, heads and patch unless it is a CNN of timm."""
 
-    name: str = Field("agent_small", description="agent_small (3x3), agent_base (one matrix per tap), or a timm CNN")
-    norm: Literal["pre", "post"] | None = Field(None, description="null: pre for agent_small, post for agent_base")
-    stem: Literal["patch", "resnet"] = "patch"
-    patch: Size | None = Field(None, description="the patch stem's patch, or [rows, columns]; null: the ViT's")
-    stem_width: int = Field(64, ge=1, description="channels inside the resnet stem")
-    downsample: tuple[Annotated[int, Field(ge=0)], ...] = Field((), description="blocks followed by a 2x2 mean pool")
-    taps: Literal["auto", "row_major", "centred"] = Field(
-        "auto", description="where heads sit in the window; auto: row_major for our ViTs, centred for others"
+    read_by = ("bootvit/models/zoo.py", "bootvit/learner.py", "bootvit/weights.py")
+    name: str = Field(
+        "agent_small",
+        description="The agent: agent_small (a 3x3 convolution a block), agent_base (one matrix per head and tap), or "
+        "a CNN of timm.",
     )
-    heads: int | None = Field(None, ge=1, description="null: the ViT's")
-    mlp_width: int | None = Field(None, ge=1, description="null: the ViT's")
-    dropout: Rate | None = Field(None, description="inside the MLP; null: 0, and the ViT's when shared")
-    residual_dropout: Rate | None = Field(None, description="on both branches; null: 0, and the ViT's when shared")
-    sync_norm: bool = Field(False, description="BatchNorm statistics over all workers")
-    value_bias: bool = Field(True, description="shared: add the value bias, as attention does; the reference does not")
-    weights: Address | None = Field(None, description="as the ViT's; timm only for a CNN of timm")
+    norm: Literal["pre", "post"] | None = Field(
+        None, description="BatchNorm before or after each branch; null: pre for agent_small, post for agent_base."
+    )
+    stem: Literal["patch", "resnet"] = Field(
+        "patch", description="How pixels become the first map: one convolution over patches, or a ResNet's beginning."
+    )
+    patch: Size | None = Field(
+        None, description="Pixels of the patch stem's side, or [rows, columns]; null: the ViT's patch."
+    )
+    stem_width: int = Field(64, ge=1, description="Channels inside of the resnet stem.")
+    downsample: tuple[Annotated[int, Field(ge=0)], ...] = Field(
+        (), description="Numbers of the blocks, from 0, that are followed by a 2x2 mean pool."
+    )
+    taps: Literal["auto", "row_major", "centred"] = Field(
+        "auto",
+        description="Which places of the window the heads take: row by row, or the nearest to the centre first; auto: "
+        "row_major for the paper's ViTs, centred for all others.",
+    )
+    heads: int | None = Field(None, ge=1, description="Heads of an agent with weights of its own; null: the ViT's.")
+    mlp_width: int | None = Field(None, ge=1, description="Hidden width of the agent's own MLPs; null: the ViT's.")
+    dropout: Rate | None = Field(
+        None, description="Dropout in the agent's MLPs; null: 0, and the ViT's in shared training."
+    )
+    residual_dropout: Rate | None = Field(
+        None, description="Dropout on both branches of a block; null: 0, and the ViT's in shared training."
+    )
+    sync_norm: bool = Field(False, description="Whether BatchNorm takes its statistics over all workers.")
+    value_bias: bool = Field(
+        True,
+        description="Whether a shared agent adds the bias of the values, as attention does and the reference does not.",
+    )
+    weights: Address | None = Field(
+        None, description="What to start from, as model.vit.weights; timm only for a CNN of timm; null: from scratch."
+    )
 
 
 class ModelConfig(Section):
     """The networks, and how fresh ones are initialised."""
 
-    init: Literal["timm", "reference"] = Field("timm", description="reference: patches and MLP biases at std 1")
+    read_by = ("bootvit/models/zoo.py",)
+    init: Literal["timm", "reference"] = Field(
+        "timm", description="Initial values; reference: patch embedding and MLP biases at a standard deviation of 1."
+    )
     vit: ViTConfig = ViTConfig()
     agent: AgentConfig = AgentConfig()
 
@@ -91,121 +131,196 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Where images come from, which of them are used, and how they become batches."""
 
-    source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "fake"] = "digits"
-    root: Address | None = Field(None, description="the data set's folder; relative to where the command is started")
-    fraction: float = Field(1.0, gt=0, le=1, description="share of the training images, per class")
-    fraction_rule: Literal["nested", "reference"] = Field("nested", description="reference: NumPy's shuffle by class")
-    held_out: float = Field(0.0, ge=0, lt=1, description="share of the training images kept for selection")
-    image_size: Size = Field(224, description="what the networks see: a side, or [rows, columns]")
-    batch_size: int = Field(64, ge=1, description="images per step, over all workers")
-    eval_batch_size: int = Field(128, ge=1, description="images per evaluation batch, over all workers")
-    num_classes: int | None = Field(None, ge=2, description="null: the source's")
-    mean: tuple[float, float, float] | None = Field(None, description="of RGB in [0, 1]; null: the source's")
-    std: tuple[Positive, Positive, Positive] | None = Field(None, description="null: the source's")
+    read_by = (
+        *("bootvit/data/sources.py", "bootvit/data/fractions.py", "bootvit/data/batches.py", "bootvit/data/loaders.py"),
+        "bootvit/data/decode.py",
+    )
+    source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "fake"] = Field(
+        "digits", description="The kind of data set; digits is embedded, fake is noise for trials of speed."
+    )
+    root: Address | None = Field(
+        None, description="The data set's folder, relative to where the command is started, or an address for parquet."
+    )
+    fraction: float = Field(1.0, gt=0, le=1, description="Share of the training images that is used, in every class.")
+    fraction_rule: Literal["nested", "reference"] = Field(
+        "nested",
+        description="Which images a fraction takes: by a hash, so that small ones lie in large ones, or as the "
+        "reference shuffles.",
+    )
+    held_out: float = Field(
+        0.0, ge=0, lt=1, description="Share of the training images that is kept from training, for selection in sweeps."
+    )
+    image_size: Size = Field(224, description="What the networks see, in pixels: a side, or [rows, columns].")
+    batch_size: int = Field(64, ge=1, description="Images of one training step, over all workers.")
+    eval_batch_size: int = Field(128, ge=1, description="Images of one evaluation batch, over all workers.")
+    num_classes: int | None = Field(None, ge=2, description="Number of classes; null: the source's.")
+    mean: tuple[float, float, float] | None = Field(
+        None, description="Mean of red, green and blue in [0, 1] that is subtracted; null: the source's."
+    )
+    std: tuple[Positive, Positive, Positive] | None = Field(
+        None, description="Standard deviation of red, green and blue that is divided by; null: the source's."
+    )
     augment: Literal["auto", "crop", "area", "none"] = Field(
         "auto",
-        description="crop: pad, crop and flip at native size; area: random area crop and flip; auto: by size",
+        description="How training images vary: crop pads, crops and flips at native size, area cuts out a random area; "
+        "auto: by the source and its sizes.",
     )
-    crop_padding: int = Field(4, ge=0, description="zero pixels around the image before a crop")
-    flip: bool = Field(True, description="mirror half of the training images (not with augment: none)")
-    resize: Literal["device", "pil"] = Field("device", description="pil: bit for bit as the reference, but slower")
-    on_error: Literal["raise", "skip"] = Field("raise", description="a broken image ends the run, or is counted")
-    workers: int = Field(2, ge=0, description="processes per worker that decode large images")
+    crop_padding: int = Field(4, ge=0, description="Pixels of zeros around an image before augment=crop cuts.")
+    flip: bool = Field(True, description="Whether half of the training images are mirrored (not with augment=none).")
+    resize: Literal["device", "pil"] = Field(
+        "device", description="Who resizes small images: the device, in batches, or PIL itself, which is slower."
+    )
+    on_error: Literal["raise", "skip"] = Field(
+        "raise", description="A broken image ends the run, or is left out and counted."
+    )
+    workers: int = Field(2, ge=0, description="Processes of each worker that decode large images.")
 
 
 class NetworkObjective(Section):
     """Weights of one network's loss terms."""
 
-    ce: Weight = 1.0
-    kd: Weight = 1.0
-    hint: Weight = 0.0
-    decayed: tuple[Literal["ce", "kd", "hint"], ...] = Field(("hint",), description="terms under objective.hint_decay")
+    read_by = ("bootvit/objective.py", "bootvit/learner.py")
+    ce: Weight = Field(1.0, description="Weight of the cross entropy with the labels.")
+    kd: Weight = Field(1.0, description="Weight of the distance to the other network's softened predictions.")
+    hint: Weight = Field(0.0, description="Weight of the distance to the other network's features after every block.")
+    decayed: tuple[Literal["ce", "kd", "hint"], ...] = Field(
+        ("hint",), description="Names of the terms whose weight falls as objective.hint_decay says."
+    )
 
 
 class ObjectiveConfig(Section):
     """The bootstrapping objective; `kd` and `hint` are used where there are two networks."""
 
+    read_by = ("bootvit/objective.py", "bootvit/learner.py")
     vit: NetworkObjective = NetworkObjective(hint=10.0)
     agent: NetworkObjective = NetworkObjective()
-    temperature: Positive = 4.0
-    hint_decay: Literal["linear", "none"] = "linear"
-    hint_pool: Literal["grid", "raster"] = Field("grid", description="raster: runs of the sequence, as the reference")
-    hint_norm: bool = Field(True, description="layer-normalise the maps before they are compared")
+    temperature: Positive = Field(4.0, description="What logits are divided by before their softened predictions.")
+    hint_decay: Literal["linear", "none"] = Field(
+        "linear", description="Whether decayed terms fall to zero over the run, epoch by epoch, or keep their weight."
+    )
+    hint_pool: Literal["grid", "raster"] = Field(
+        "grid",
+        description="How the larger of two maps is averaged: over squares, or, as the reference, over runs of it.",
+    )
+    hint_norm: bool = Field(True, description="Whether both maps are layer-normalised before they are compared.")
 
 
 class AgentOptimConfig(Section):
     """What the agent's optimiser does differently in joint training; null: as the ViT's."""
 
-    name: Literal["adamw", "sgd"] | None = None
-    lr: Positive | None = None
-    weight_decay: Weight | None = None
-    momentum: Rate | None = None
-    clip_norm: Positive | Literal["none"] | None = None
+    read_by = ("bootvit/optim.py",)
+    name: Literal["adamw", "sgd"] | None = Field(None, description="The agent's optimiser; null: the ViT's.")
+    lr: Positive | None = Field(None, description="The agent's learning rate; null: the ViT's.")
+    weight_decay: Weight | None = Field(None, description="The agent's weight decay; null: the ViT's.")
+    momentum: Rate | None = Field(None, description="The agent's momentum, for sgd; null: the ViT's.")
+    clip_norm: Positive | Literal["none"] | None = Field(
+        None, description="Largest L2 norm of the agent's gradient; none: no clipping; null: the ViT's."
+    )
 
 
 class OptimConfig(Section):
     """The optimiser."""
 
-    name: Literal["adamw", "sgd"] = "adamw"
-    lr: Positive = 1e-3
-    weight_decay: Weight = 0.05
-    momentum: Rate = Field(0.0, description="for sgd")
-    clip_norm: Positive | None = Field(None, description="largest L2 norm of a network's gradient; null: no clipping")
-    clip_when: Literal["every", "first_step"] = Field("every", description="first_step: only step 0, as the reference")
-    clip_scope: Literal["all", "vit"] = Field("all", description="shared: vit leaves the agent's own weights unclipped")
-    sam_rho: Positive | None = Field(None, description="radius of sharpness-aware minimisation; null: off")
-    sam_clip: bool = Field(True, description="clip the sharpness-aware gradient; the reference does not")
+    read_by = ("bootvit/optim.py", "bootvit/learner.py")
+    name: Literal["adamw", "sgd"] = Field("adamw", description="The optimiser.")
+    lr: Positive = Field(1e-3, description="The learning rate, which the warm-up and schedule.kind multiply.")
+    weight_decay: Weight = Field(0.05, description="Weight decay, of every parameter as in the paper.")
+    momentum: Rate = Field(0.0, description="Momentum, for sgd.")
+    clip_norm: Positive | None = Field(
+        None, description="Largest L2 norm of a network's gradient, which is scaled down to it; null: no clipping."
+    )
+    clip_when: Literal["every", "first_step"] = Field(
+        "every", description="Which steps clip: all, or only the first one as in the reference."
+    )
+    clip_scope: Literal["all", "vit"] = Field(
+        "all", description="What shared training clips: all weights, or not those that only the agent has."
+    )
+    sam_rho: Positive | None = Field(
+        None, description="Radius of sharpness-aware minimisation, which takes two passes a step; null: off."
+    )
+    sam_clip: bool = Field(
+        True, description="Whether the sharpness-aware gradient is clipped, which the reference does not do."
+    )
     agent: AgentOptimConfig = AgentOptimConfig()
 
 
 class AgentScheduleConfig(Section):
     """What the agent's learning rate does differently in joint training; null: as the ViT's."""
 
-    kind: Literal["cosine", "constant"] | None = None
-    period: int | None = Field(None, ge=1)
-    warmup_epochs: Weight | None = None
-    warmup_mode: Literal["linear", "constant"] | None = None
-    warmup_factor: float | None = Field(None, ge=0, le=1)
+    read_by = ("bootvit/optim.py",)
+    kind: Literal["cosine", "constant"] | None = Field(
+        None, description="The agent's course of the learning rate; null: the ViT's."
+    )
+    period: int | None = Field(None, ge=1, description="Epochs of the agent's half cosine; null: the ViT's.")
+    warmup_epochs: Weight | None = Field(None, description="Epochs of the agent's warm-up; null: the ViT's.")
+    warmup_mode: Literal["linear", "constant"] | None = Field(
+        None, description="The course of the agent's warm-up; null: the ViT's."
+    )
+    warmup_factor: float | None = Field(
+        None, ge=0, le=1, description="Share of the rate with which the agent's warm-up begins; null: the ViT's."
+    )
 
 
 class ScheduleConfig(Section):
     """How long, and the learning rate over that time."""
 
-    epochs: int = Field(240, ge=1)
-    kind: Literal["cosine", "constant"] = "cosine"
-    period: int | None = Field(None, ge=1, description="epochs of the half cosine; null: all")
-    per: Literal["step", "epoch"] = Field("step", description="epoch: the rate is constant within an epoch")
-    warmup_epochs: Weight = 0.0
-    warmup_mode: Literal["linear", "constant"] = "linear"
-    warmup_factor: float = Field(0.2, ge=0, le=1)
-    eval_every: int = Field(1, ge=1, description="epochs between evaluations; the last epoch is always evaluated")
-    max_steps: int | None = Field(None, ge=1, description="end the run after this many steps (smoke tests)")
+    read_by = ("bootvit/optim.py", "bootvit/loop.py")
+    epochs: int = Field(240, ge=1, description="Passes over the training images in use.")
+    kind: Literal["cosine", "constant"] = Field(
+        "cosine", description="Course of the learning rate after the warm-up: half a cosine down to zero, or constant."
+    )
+    period: int | None = Field(None, ge=1, description="Epochs of the half cosine; null: all of the run.")
+    per: Literal["step", "epoch"] = Field(
+        "step", description="Whether the rate changes at every step or once an epoch."
+    )
+    warmup_epochs: Weight = Field(0.0, description="Epochs of the warm-up, which may be a part of one.")
+    warmup_mode: Literal["linear", "constant"] = Field(
+        "linear", description="Whether the rate rises during the warm-up or stays at warmup_factor's share."
+    )
+    warmup_factor: float = Field(0.2, ge=0, le=1, description="Share of the rate with which the warm-up begins.")
+    eval_every: int = Field(1, ge=1, description="Epochs between evaluations; the last epoch is always evaluated.")
+    max_steps: int | None = Field(None, ge=1, description="Steps after which a run ends early, for trials; null: none.")
     agent: AgentScheduleConfig = AgentScheduleConfig()
 
 
 class CheckpointConfig(Section):
     """When a run is saved, beside the end of every epoch, and how much of it is kept."""
 
-    every_steps: int | None = Field(None, ge=1, description="steps between checkpoints within an epoch; null: none")
-    every_minutes: Positive | None = Field(10.0, description="minutes between checkpoints within an epoch; null: none")
-    keep: int = Field(2, ge=1, description="the newest checkpoints that stay on disk")
-    best: bool = Field(False, description="keep also the best by the first network's held-out (else test) top-1")
+    read_by = ("bootvit/loop.py", "bootvit/checkpoint.py")
+    every_steps: int | None = Field(None, ge=1, description="Steps between checkpoints within an epoch; null: none.")
+    every_minutes: Positive | None = Field(10.0, description="Minutes between checkpoints within an epoch; null: none.")
+    keep: int = Field(2, ge=1, description="Number of the newest checkpoints that stay on disk.")
+    best: bool = Field(
+        False,
+        description="Whether the best checkpoint stays too, by the first network's held-out top-1, or its test top-1 "
+        "where nothing is held out.",
+    )
 
 
 class RayConfig(Section):
     """Where and on how many workers a run is trained."""
 
+    read_by = ("bootvit/ray_workers.py", "bootvit/driver.py", "bootvit/runs.py", "cluster/capacity.py")
     num_workers: Count | tuple[Count, Count] = Field(
-        1, description="[fewest, most]: as many as the cluster has room for, while it shrinks and grows"
+        1,
+        description="Workers of a run; [fewest, most]: as many as a cluster that shrinks and grows has room for.",
     )
-    cpus_per_worker: Positive = 1
-    use_gpu: bool | None = Field(None, description="null: a GPU per worker where the cluster has them")
+    cpus_per_worker: Positive = Field(1, description="CPUs that each worker books and computes with.")
+    use_gpu: bool | None = Field(
+        None, description="Whether each worker takes a GPU; null: where the machine or cluster has them."
+    )
     storage_path: Address = Field(
-        "./runs", description="parent of the run directories, which every node sees; or s3://BUCKET/FOLDER"
+        "./runs",
+        description="Parent of the runs' folders, relative to where the command is started; every node sees it. Or an "
+        "address in an object store, such as s3://BUCKET/FOLDER (not for sweeps).",
     )
-    max_failures: int = Field(0, ge=0, description="restarts from the last checkpoint after a lost worker")
-    wait_minutes: Positive = Field(30.0, description="how long workers wait for nodes, at the start and after a loss")
-    collective_timeout: Positive = Field(1800.0, description="seconds after which workers that hang count as lost")
+    max_failures: int = Field(
+        0, ge=0, description="How often a run goes on from its last checkpoint after it has lost a worker."
+    )
+    wait_minutes: Positive = Field(
+        30.0, description="Minutes that workers wait for nodes, at the start and after a loss."
+    )
+    collective_timeout: Positive = Field(1800.0, description="Seconds after which workers that hang count as lost.")
 
     @property
     def fewest(self) -> int:
@@ -227,33 +342,56 @@ class RayConfig(Section):
 class TrackingConfig(Section):
     """MLflow."""
 
-    enabled: bool = True
-    uri: Address | None = Field(
-        None, description="null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db beside the command", repr=False
+    read_by = ("bootvit/tracking/run.py", "bootvit/tracking/artifacts.py", "bootvit/driver.py", "bootvit/loop.py")
+    enabled: bool = Field(
+        True, description="Whether runs are sent to MLflow; their folders have everything either way."
     )
-    experiment: str = "bootvit"
-    log_every: int = Field(20, ge=1, description="steps between journal records")
+    uri: Address | None = Field(
+        None,
+        description="MLflow's server or store; null: MLFLOW_TRACKING_URI, else sqlite:///mlflow.db where the command "
+        "starts.",
+        repr=False,
+    )
+    experiment: str = Field("bootvit", description="The experiment's name in MLflow.")
+    log_every: int = Field(20, ge=1, description="Steps between two records of losses, rate and speed in the journal.")
     checkpoints: Literal["none", "best", "all"] = Field(
         "best",
-        description="weights in MLflow when a run has finished, of the checkpoints that it keeps; best: of the highest "
-        "held-out accuracy, or the final one where nothing is held out",
+        description="Which weights MLflow gets of a finished run, of the checkpoints that it keeps; best: of the "
+        "highest held-out accuracy, or the final one where nothing is held out.",
     )
-    moments: bool = Field(False, description="those checkpoints whole, with the optimiser's moments, to resume from")
+    moments: bool = Field(
+        False, description="Whether MLflow gets those checkpoints whole, with the optimiser's moments, to resume from."
+    )
 
 
 class Config(Section):
     """One run, completely."""
 
-    name: str = Field("run", pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+,-]*$", max_length=200)
-    seed: int = Field(0, ge=0, lt=2**32)
-    method: Method = "joint"
+    read_by = ("bootvit/driver.py", "bootvit/runs.py", "bootvit/learner.py")
+    name: str = Field(
+        "run",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+,-]*$",
+        max_length=200,
+        description="The run's name and its folder's.",
+    )
+    seed: int = Field(
+        0, ge=0, lt=2**32, description="What initial weights, the order of images, augmentation and dropout depend on."
+    )
+    method: Method = Field(
+        "joint",
+        description="One network alone (vit, agent), or both: joint as two networks, shared on one set of weights.",
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    precision: Literal["fp32", "bf16", "fp64"] = "fp32"
-    compile: bool = False
+    precision: Literal["fp32", "bf16", "fp64"] = Field(
+        "fp32", description="Number format: of everything, or bf16 for the products that tolerate it (autocast)."
+    )
+    compile: bool = Field(
+        False, description="Whether torch.compile translates the training step first, which takes minutes."
+    )
     checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()
     tracking: TrackingConfig = TrackingConfig()

@@ -1,4 +1,7 @@
-"""From a data set on disk to batches on the device."""
+"""From a data set on disk to batches on the device.
+
+What is here opens a data set and chooses from it, without importing torch; `batches` loads what was chosen.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,22 @@ import hashlib
 from dataclasses import dataclass
 
 from bootvit.config import Config, DataConfig
-from bootvit.data.batches import Batch, EvalBatches, TrainBatches, preparation_of, preprocess, way_of
 from bootvit.data.facts import DataFacts, Preparation
 from bootvit.data.fractions import Subset, select, whole
 from bootvit.data.sources import open_table
 from bootvit.data.table import RGB, ImageTable
+from bootvit.data.way import preparation_of, way_of
 from bootvit.errors import UserError
 
 __all__ = [
-    "Batch",
     "DataFacts",
     "DataSplits",
-    "EvalBatches",
     "ImageTable",
     "Preparation",
     "Subset",
-    "TrainBatches",
     "facts_of",
     "open_splits",
     "open_table",
-    "preprocess",
     "select",
     "way_of",
 ]

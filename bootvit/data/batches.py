@@ -17,26 +17,13 @@ from bootvit.data.augment import CROP_NUMBERS
 from bootvit.data.decode import to_rgb
 from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
-from bootvit.data.loaders import Batch, Cut, MemoryLoader, Numbers, Piece, Way, WorkerLoader
+from bootvit.data.loaders import Batch, Cut, MemoryLoader, Numbers, Piece, WorkerLoader
 from bootvit.data.randomness import permutation, uniforms
 from bootvit.data.resize import AREA_NUMBERS, normalise
-from bootvit.data.table import ImageTable
+from bootvit.data.way import Way, preparation_of, way_of
 from bootvit.errors import UserError
 
-__all__ = ["Batch", "EvalBatches", "TrainBatches", "piece", "preparation_of", "preprocess", "way_of"]
-
-
-def way_of(table: ImageTable, data: DataConfig) -> Way:
-    """The way that `data.augment` and the table's images ask for."""
-    augment = table.auto if data.augment == "auto" else data.augment
-    small = augment == "crop" or (augment == "none" and table.native is not None)
-    return Way("memory" if small else "workers", augment)
-
-
-def preparation_of(table: ImageTable, config: Config) -> Preparation:
-    """How a run that is trained on this table prepares its evaluation images."""
-    whole = way_of(table, config.data).place == "memory"
-    return Preparation("resize" if whole else "centre_crop", config.image_size, table.mean, table.std)
+__all__ = ["Batch", "EvalBatches", "TrainBatches", "piece", "preprocess"]
 
 
 def piece(step: int, batch: int, total: int, rank: int, world: int) -> Piece:

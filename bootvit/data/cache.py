@@ -1,8 +1,9 @@
-"""Decoded or mapped images, and what was read of an object store's files: once per node, for all its processes.
+"""Decoded or mapped images, listed folders, and what was read of other files: once per node, for all its processes.
 
 The folder is BOOTVIT_CACHE, else `bootvit-<uid>` in the platform's temporary folder; it may be deleted at any time.
 Each entry is a folder named by what it was made from, built under a lock and renamed when it is complete. Its
-`sizes.json` lists its files: an entry that has lost one, to a cleaner of temporary folders, is made again.
+`sizes.json` lists its files: an entry that has lost one, to a cleaner of temporary folders, is made again. So is an
+index of files when a folder that was looked at has changed: see `indexed`.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
 
@@ -25,12 +27,16 @@ import pyarrow as pa
 
 from bootvit.data.decode import BrokenImage, decode
 from bootvit.data.fractions import Subset
-from bootvit.data.table import ArrowImages
+from bootvit.data.table import ArrowImages, Rows
 from bootvit.errors import RunFailed, UserError
 
 CHUNK = 64 << 20  # bytes of encoded images per record batch
 T = TypeVar("T")
 SIZES = "sizes.json"  # in each entry, written last
+STAMPS = "stamps.json"  # in an index
+SETTLED_NS = 2 * 10**9  # a folder may change again within the tick of its clock in which it was listed
+
+Stamp = list[int] | None  # device, inode, size, times of a file or folder; None: nothing there
 
 
 class Decoded(NamedTuple):
@@ -54,34 +60,89 @@ def cache_folder() -> Path:
 
 def decoded(subset: Subset) -> Decoded:
     """All images of a subset as pixels of one size; images of several sizes are a `UserError`."""
-    folder = _entry("pixels", _made_from(subset, "pixels"), lambda place: _decode_all(subset, place))
-    broken = json.loads((folder / "broken.json").read_text(encoding="utf-8"))
+    return _entry("pixels", _made_from(subset, "pixels"), lambda place: _decode_all(subset, place), _read_pixels)
+
+
+def _read_pixels(entry: Path) -> Decoded:
+    broken = json.loads((entry / "broken.json").read_text(encoding="utf-8"))
     return Decoded(
-        np.load(folder / "pixels.npy", mmap_mode="r"),
-        np.load(folder / "places.npy"),
+        np.load(entry / "pixels.npy", mmap_mode="r"),
+        np.load(entry / "places.npy"),
         [(place, reason) for place, reason in broken],
     )
 
 
 def mapped(subset: Subset) -> ArrowImages:
     """The encoded images of a subset in an Arrow file that is mapped into memory; image i is the subset's i-th."""
-    folder = _entry("arrow", _made_from(subset, "arrow"), lambda place: _write_arrow(subset, place))
-    table = pa.ipc.open_file(pa.memory_map(str(folder / "images.arrow"))).read_all()
-    order = np.load(folder / "order.npy")
-    return ArrowImages(table["image"], order)
+    return _entry(
+        "arrow",
+        _made_from(subset, "arrow"),
+        lambda place: _write_arrow(subset, place),
+        lambda entry: ArrowImages(_map(entry / "images.arrow")["image"], np.load(entry / "order.npy")),
+    )
 
 
 def remembered(what: str, stamp: bytes, kind: pa.DataType, make: Callable[[], Sequence[T]]) -> list[T]:
     """A list of values of one Arrow type that is long in the making; `stamp` changes when it would be another."""
+    values: list[T] = _values(what, stamp, lambda: pa.array(make(), kind)).to_pylist()
+    return values
+
+
+def remembered_rows(what: str, stamp: bytes, make: Callable[[], Rows]) -> Rows:
+    """The same of row numbers, mapped."""
+    rows: Rows = _values(what, stamp, lambda: pa.array(make(), pa.int64())).chunk(0).to_numpy()
+    return rows
+
+
+def _values(what: str, stamp: bytes, make: Callable[[], pa.Array]) -> pa.ChunkedArray:
+    def build(place: Path) -> None:
+        _write_table(place / "values.arrow", pa.table({"value": pa.chunked_array([make()])}))
+
+    made_from = hashlib.sha256(f"{what} ".encode() + stamp).hexdigest()[:32]
+    return _entry("read", made_from, build, lambda entry: _map(entry / "values.arrow"))["value"]
+
+
+def indexed(what: str, make: Callable[[dict[str, Stamp]], pa.Table]) -> pa.Table:
+    """A table about files, mapped; `make` gets a dict to which it adds the stamp of all that it looks at, before that.
+
+    It is made again when one of these has changed since, or had changed in the last two seconds before it was made:
+    then another change might have left the same times.
+    """
 
     def build(place: Path) -> None:
-        table = pa.table({"value": pa.chunked_array([pa.array(make(), kind)])})
-        with pa.OSFile(str(place / "values.arrow"), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        began, stamps = time.time_ns(), dict[str, Stamp]()
+        _write_table(place / "rows.arrow", make(stamps))
+        (place / STAMPS).write_text(json.dumps({"began": began, "stamps": stamps}), encoding="utf-8")
 
-    folder = _entry("read", hashlib.sha256(f"{what} ".encode() + stamp).hexdigest()[:32], build)
-    values: list[T] = pa.ipc.open_file(pa.memory_map(str(folder / "values.arrow"))).read_all()["value"].to_pylist()
-    return values
+    made_from = hashlib.sha256(what.encode("utf-8", "surrogateescape")).hexdigest()[:32]
+    return _entry("index", made_from, build, lambda entry: _map(entry / "rows.arrow"), _is_current)
+
+
+def stamp_of(path: str | Path) -> Stamp:
+    """Links are followed."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+
+
+def _is_current(entry: Path) -> bool:
+    """Whether an index is of files and folders as they are now."""
+    made = json.loads((entry / STAMPS).read_text(encoding="utf-8"))
+    changed = max((max(stamp[3:]) for stamp in made["stamps"].values() if stamp), default=0)
+    return changed < made["began"] - SETTLED_NS and all(
+        stamp_of(path) == stamp for path, stamp in made["stamps"].items()
+    )
+
+
+def _write_table(path: Path, table: pa.Table) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
+
+
+def _map(path: Path) -> pa.Table:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
 def _made_from(subset: Subset, kind: str) -> str:
@@ -91,24 +152,35 @@ def _made_from(subset: Subset, kind: str) -> str:
     return made_from.hexdigest()[:32]
 
 
-def _entry(kind: str, made_from: str, build: Callable[[Path], None]) -> Path:
+def _entry(
+    kind: str,
+    made_from: str,
+    build: Callable[[Path], None],
+    read: Callable[[Path], T],
+    current: Callable[[Path], bool] = lambda _: True,
+) -> T:
+    """What `read` makes of an entry, which is built if it is not there, not whole, or not `current`."""
     folder = cache_folder()
     target = folder / f"{kind}-{made_from}"
-    if is_whole(target):
-        return target
+    with suppress(FileNotFoundError):  # another process may just be making it anew
+        if is_whole(target) and current(target):
+            return read(target)
     with not_written_named(folder), _locked(folder / f"{target.name}.lock"):
-        if is_whole(target):
-            return target
-        shutil.rmtree(target, ignore_errors=True)
-        place = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=folder))
-        try:
-            build(place)
-            sizes = {path.name: path.stat().st_size for path in place.iterdir()}
-            (place / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
-            place.rename(target)
-        finally:
-            shutil.rmtree(place, ignore_errors=True)  # gone if it was renamed
-    return target
+        if not (is_whole(target) and current(target)):
+            _build(target, build)
+        return read(target)
+
+
+def _build(target: Path, build: Callable[[Path], None]) -> None:
+    shutil.rmtree(target, ignore_errors=True)
+    place = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        build(place)
+        sizes = {path.name: path.stat().st_size for path in place.iterdir()}
+        (place / SIZES).write_text(json.dumps(sizes), encoding="utf-8")
+        place.rename(target)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)  # gone if it was renamed
 
 
 def is_whole(entry: Path) -> bool:
@@ -128,7 +200,7 @@ def not_written_named(folder: Path) -> Iterator[None]:
     except OSError as err:
         free = f"; {shutil.disk_usage(folder).free >> 20} MiB are free there" if folder.is_dir() else ""
         raise RunFailed(
-            f"{folder}: the cache of decoded images cannot be written ({err.strerror or err}{free}): "
+            f"{folder}: the cache cannot be written ({err.strerror or err}{free}): "
             "make room, or set BOOTVIT_CACHE to another folder"
         ) from err
 

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from bootvit.data.found import Found
+from bootvit.data.keys import column
 from bootvit.data.table import RGB, PixelImages, Rows, printable
 from bootvit.errors import UserError
 
@@ -44,7 +45,7 @@ def read(root: Path, source: Literal["cifar10", "cifar100"], split: Literal["tra
     pixels, labels = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     file, field = NAMES[source]
     names = tuple(str(name) for name in _field(_load(folder / file, source), field, folder))
-    keys = [str(row) for row in range(len(labels))]
+    keys = column(map(str, range(len(labels))))
     place = printable(folder)
     return Found(PixelImages(pixels), labels, keys, names, constants=(MEAN[source], STD), place=place)
 

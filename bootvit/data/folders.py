@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections import Counter, defaultdict
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
+from bootvit.data.cache import Stamp, indexed, stamp_of
 from bootvit.data.found import Found, listed
+from bootvit.data.keys import by_hash, fingerprint_of, repeated, sampled_rows
 from bootvit.data.listing import ENDINGS, Passed, entries, folders_in, images_below, is_flat, is_folder
 from bootvit.data.splits import EVALUATION, Kind, disguised, split_of_folder
 from bootvit.data.table import FileImages, printable
-from bootvit.errors import UserError
+from bootvit.errors import RunFailed, UserError
+
+FACTS = b"bootvit"  # key in the metadata of an index
 
 
 class Layout(NamedTuple):
@@ -123,20 +129,61 @@ def _test_folder(folders: list[Path], notes: list[str], *, needed: bool) -> Path
 
 
 def _list(folder: Path, classes: list[str], passed: Passed, notes: list[str], *, every_class: bool) -> Found:
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        files = images_below(folder, name, passed) if every_class or (folder / name).is_dir() else []
-        if not files and every_class:
-            raise UserError(f"{printable(folder / name)}: the class folder holds no images ({', '.join(ENDINGS)})")
-        paths += files
-        labels += [label] * len(files)
+    """One split, of which the cache has an index; without a cache each process lists the folders itself."""
+    names = tuple(printable(name) for name in classes)
+
+    def make(stamps: dict[str, Stamp]) -> pa.Table:
+        return _index(folder, classes, stamps, every_class=every_class)
+
+    try:
+        index = indexed(json.dumps([str(folder.resolve()), classes, every_class]), make)
+    except (RunFailed, UserError) as err:
+        index = make({})  # where it is a folder's own error, the same again
+        notes.append(str(err))
+    facts = json.loads(index.schema.metadata[FACTS])
+    passed.add_all(Passed(Counter(facts["count"]), facts["example"]))
     if not every_class:
         _check_unknown(folder, sorted(set(folders_in(folder, passed)) - set(classes)))
     notes += passed.notes(folder)
-    images = FileImages(folder, pa.array([os.fsencode(path) for path in paths], pa.binary()))
-    names = tuple(printable(name) for name in classes)
-    return Found(images, np.array(labels, np.int64), _keys(folder, paths), names, place=printable(folder))
+    paths = index["path"]
+    return Found(
+        FileImages(folder, paths),
+        index["label"].to_numpy(),
+        index["key"] if "key" in index.column_names else paths.cast(pa.string()),
+        names,
+        place=printable(folder),
+        fingerprint=facts["fingerprint"],
+        order=index["order"].to_numpy(),
+    )
+
+
+def _index(folder: Path, classes: list[str], stamps: dict[str, Stamp], *, every_class: bool) -> pa.Table:
+    """Columns `path`, `label`, `order`, and `key` where it is not the path; what else is known in the metadata."""
+    passed = Passed()
+    stamps[str(folder)] = stamp_of(folder)
+    paths, sizes = [], []
+    for name in classes:
+        files = []
+        if every_class or (folder / name).is_dir():
+            files = images_below(folder, name, passed, lambda path: stamps.update({path: stamp_of(path)}))
+        if not files and every_class:
+            raise UserError(f"{printable(folder / name)}: the class folder holds no images ({', '.join(ENDINGS)})")
+        paths.append(_encoded(files))
+        sizes.append(len(files))
+    labels = np.repeat(np.arange(len(classes)), sizes)
+    path = pa.concat_arrays(paths)
+    key = _printable(path)
+    columns = {"path": path, "label": labels}
+    if not key.cast(pa.binary()).equals(path):
+        _check_unique(folder, key)
+        columns["key"] = key
+    columns["order"] = order = by_hash(key)
+    images = FileImages(folder, path)
+    if len(labels):
+        stamps.update({str(images.path(row)): stamp_of(images.path(row)) for row in sampled_rows(order)})
+    fingerprint = fingerprint_of(images, labels, key, order) if len(labels) else ""
+    facts = {"count": passed.count, "example": passed.example, "fingerprint": fingerprint}
+    return pa.table(columns).replace_schema_metadata({FACTS: json.dumps(facts).encode()})
 
 
 def _check_unknown(folder: Path, names: list[str]) -> None:
@@ -148,10 +195,26 @@ def _check_unknown(folder: Path, names: list[str]) -> None:
             )
 
 
-def _keys(folder: Path, paths: list[str]) -> list[str]:
-    """The paths as text; a name that is not UTF-8 may then read like another one."""
-    keys = [printable(path) for path in paths]
-    if keys != paths and len(set(keys)) != len(keys):
-        same = Counter(keys).most_common(1)[0][0]
+def _encoded(paths: list[str]) -> pa.BinaryArray:
+    """Paths as the bytes that the file system knows; none of them has a NUL in it."""
+    data = np.frombuffer(os.fsencode("\0".join(paths)), np.uint8)
+    ends = np.flatnonzero(data == 0) - np.arange(max(len(paths) - 1, 0))
+    text = data[data != 0]
+    offsets = np.concatenate([[0], ends, [len(text)] if paths else []]).astype(np.int32)
+    return pa.Array.from_buffers(pa.binary(), len(paths), [None, pa.py_buffer(offsets), pa.py_buffer(text)])
+
+
+def _printable(paths: pa.BinaryArray) -> pa.StringArray:
+    """Paths as text, each as `printable` has it."""
+    _, _, data = paths.buffers()
+    text = np.frombuffer(data, np.uint8) if data else np.zeros(0, np.uint8)
+    if not ((text < 0x20) | (text == 0x7F)).any():
+        with suppress(pa.ArrowInvalid):  # not UTF-8
+            return paths.cast(pa.string())
+    return pa.array([printable(os.fsdecode(path)) for path in paths.to_pylist()], pa.string())
+
+
+def _check_unique(folder: Path, keys: pa.Array) -> None:
+    """A name that is not UTF-8 may read like another one."""
+    if (same := repeated(keys)) is not None:
         raise UserError(f"{printable(folder)}: two images read {same!r}: rename the one whose name is not UTF-8")
-    return keys

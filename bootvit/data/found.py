@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from bootvit.data.keys import Keys
 from bootvit.data.table import RGB, Augment, Images, Rows
 from bootvit.errors import UserError
 
@@ -17,13 +18,14 @@ class Found:
 
     images: Images
     labels: Rows
-    keys: Sequence[str]
+    keys: Keys
     classes: tuple[str, ...] | None
     constants: tuple[RGB, RGB] | None = None  # mean, deviation
     auto: Augment | None = None
     packed: bool = False  # by us: then `native` and `fingerprint` are known
     native: tuple[int, int] | None = None
     fingerprint: str | None = None
+    order: Rows | None = None  # of the keys' hashes
     place: str = ""  # the folder or file, for messages
     column: str = "label"  # where the labels were read, for messages
 

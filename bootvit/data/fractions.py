@@ -7,14 +7,16 @@ the seed, the machine or the order of the rows.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from bootvit.config import DataConfig
+from bootvit.data.keys import digest_of
 from bootvit.data.table import ImageTable, Rows
 from bootvit.errors import UserError
 
@@ -37,9 +39,9 @@ class Subset:
 
     @property
     def keys(self) -> list[str]:
-        """The images' keys, in order."""
-        keys = self.table.keys
-        return [keys[row] for row in self.indices]
+        """The images' keys, in order, for printing: a list that is large where the subset is."""
+        keys: list[str] = self.table.rows["key"].take(pa.array(self.indices)).to_pylist()
+        return keys
 
 
 class Splits(NamedTuple):
@@ -51,7 +53,7 @@ class Splits(NamedTuple):
 
 def select(table: ImageTable, data: DataConfig) -> Splits:
     """Apply `data.fraction`, `data.fraction_rule` and `data.held_out` to a training table."""
-    order = by_hash(table.keys)
+    order = table.order
     classes = by_class(table, order)
     held_sizes = largest_remainder([len(rows) for rows in classes], data.held_out)
     held = [rows[len(rows) - size :] for rows, size in zip(classes, held_sizes, strict=True)]
@@ -66,15 +68,15 @@ def select(table: ImageTable, data: DataConfig) -> Splits:
         )
     if data.held_out and not sum(held_sizes):
         raise UserError(f"data.held_out={data.held_out} of {len(table)} images is none: use a larger share")
-    train = _subset(table, order[taken[order]])
+    train = subset(table, order[taken[order]])
     kept = np.zeros(len(table), bool)
     kept[np.concatenate(held)] = True
-    return Splits(train, _subset(table, order[kept[order]]) if data.held_out else None)
+    return Splits(train, subset(table, order[kept[order]]) if data.held_out else None)
 
 
 def whole(table: ImageTable) -> Subset:
     """Every image of a table."""
-    return _subset(table, by_hash(table.keys))
+    return subset(table, table.order)
 
 
 def _front(table: ImageTable, rows: Rows, label: int, data: DataConfig) -> Rows:
@@ -83,7 +85,7 @@ def _front(table: ImageTable, rows: Rows, label: int, data: DataConfig) -> Rows:
         return rows
     if data.fraction_rule == "nested":
         return rows[: max(1, round(data.fraction * len(rows)))]
-    by_name = np.array(sorted(rows, key=lambda row: table.keys[row]), np.int64)
+    by_name: Rows = rows[pc.sort_indices(table.rows["key"].take(pa.array(rows))).to_numpy()]
     picks = reference_picks(len(rows), label, data.fraction)
     if not len(picks):
         raise UserError(
@@ -101,14 +103,6 @@ def reference_picks(class_size: int, class_index: int, fraction: float) -> Rows:
     """
     shuffled: Rows = np.random.default_rng(class_index).permutation(class_size)
     return shuffled[: round(class_size * fraction)]
-
-
-def by_hash(keys: Sequence[str]) -> Rows:
-    """Row numbers in the order of the first 128 bits of each key's SHA-256."""
-    digests = b"".join(hashlib.sha256(key.encode()).digest()[:16] for key in keys)
-    words = np.frombuffer(digests, ">u8").reshape(-1, 2)
-    order: Rows = np.lexsort((words[:, 1], words[:, 0]))
-    return order
 
 
 def by_class(table: ImageTable, order: Rows) -> list[Rows]:
@@ -134,17 +128,11 @@ def largest_remainder(sizes: Sequence[int], share: float) -> list[int]:
 def hash_ranks(table: ImageTable) -> tuple[Rows, Rows]:
     """(N,) each row's place in its class's hash order, and (N,) the size of that class."""
     ranks, sizes = np.zeros(len(table), np.int64), np.zeros(len(table), np.int64)
-    for rows in by_class(table, by_hash(table.keys)):
+    for rows in by_class(table, table.order):
         ranks[rows], sizes[rows] = np.arange(len(rows)), len(rows)
     return ranks, sizes
 
 
-def _subset(table: ImageTable, indices: Rows) -> Subset:
-    return Subset(table, indices, digest_of(table, indices))
-
-
-def digest_of(table: ImageTable, indices: Rows) -> str:
-    """32 hex digits of a set of (label, key) pairs, whatever their order."""
-    keys, labels = table.keys, table.labels
-    lines = sorted(f"{labels[row]} {keys[row]}\n" for row in indices)
-    return hashlib.sha256("".join(lines).encode()).hexdigest()[:32]
+def subset(table: ImageTable, indices: Rows) -> Subset:
+    """These rows of a table, in this order."""
+    return Subset(table, indices, digest_of(table.rows["key"], table.labels, indices))

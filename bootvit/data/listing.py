@@ -5,7 +5,8 @@ from __future__ import annotations
 import errno
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from bootvit.data.table import printable
 from bootvit.errors import UserError
 
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+USUAL = (".jpg", ".JPEG", ".png", ".jpeg", ".JPG", ".PNG")  # looked for first
 DROPPINGS = frozenset(  # of archives, file servers and operating systems; names with a leading dot come to these
     (
         *("__MACOSX", "@eaDir", "@Recycle", "#recycle", "$RECYCLE.BIN", "System Volume Information", "lost+found"),
@@ -35,6 +37,11 @@ class Passed:
         self.count[what] += 1
         self.example.setdefault(what, path)
 
+    def add_all(self, other: Passed) -> None:
+        """What was passed over elsewhere below it."""
+        self.count += other.count
+        self.example = other.example | self.example
+
     def notes(self, folder: Path) -> Iterator[str]:
         """A sentence for each kind."""
         for what, count in self.count.items():
@@ -53,9 +60,24 @@ HIDDEN, OTHER, LOOSE, LOOP, TWICE, DEAD = (
 
 def entries(folder: Path | str) -> list[Entry]:
     """What a folder holds, sorted by name."""
+    with _listing(folder) as found:
+        return sorted(found, key=lambda entry: entry.name)
+
+
+def split_entries(folder: Path) -> tuple[list[str], list[Entry]]:
+    """The names of a folder's plain image files, of which there may be many, and its other entries, sorted by name."""
+    with _listing(folder) as listed:
+        found = list(listed)
+    plain = {e.name for e in found if e.name.endswith(USUAL) and e.is_file(follow_symlinks=False) and e.name[0] != "."}
+    others = [entry for entry in found if entry.name not in plain] if len(plain) < len(found) else []
+    return sorted(plain), sorted(others, key=lambda entry: entry.name)
+
+
+@contextmanager
+def _listing(folder: Path | str) -> Iterator[Iterator[Entry]]:
     try:
         with os.scandir(folder) as found:
-            return sorted(found, key=lambda entry: entry.name)
+            yield found
     except OSError as err:
         raise UserError(f"{printable(folder)}: this folder cannot be listed: {err.strerror}") from err
 
@@ -119,11 +141,13 @@ def is_flat(folder: Path) -> bool:
     return any(is_image(entry.name) and not is_dropping(entry.name) for entry in entries(folder))
 
 
-def images_below(folder: Path, name: str, passed: Passed) -> list[str]:
+def images_below(
+    folder: Path, name: str, passed: Passed, listed: Callable[[str], object] = lambda path: None
+) -> list[str]:
     """The paths, relative to `folder`, of all images below one class folder, however deep, sorted by their parts.
 
     Links are followed, but no folder is listed twice, nor one that a link or the class itself lies in: it holds
-    other classes.
+    other classes. `listed` is told each folder's path before it is listed.
     """
     found: list[str] = []
     start, above = os.path.realpath(folder / name), os.path.realpath(folder)
@@ -143,20 +167,21 @@ def images_below(folder: Path, name: str, passed: Passed) -> list[str]:
             passed.add(TWICE, below)
             continue
         seen.add(real)
-        for entry in entries(folder / below):
+        listed(f"{folder}/{below}")
+        files, others = split_entries(folder / below)
+        found += [f"{below}/{file}" for file in files]
+        for entry in others:
             path = f"{below}/{entry.name}"
             if is_dropping(entry.name):
                 passed.add(HIDDEN, path)
             elif is_folder(entry):
-                if entry.is_symlink():  # later, so that a folder is listed under its own name if it has one here
-                    links.append((path, real))
-                else:
-                    todo.append((path, f"{real}/{entry.name}"))
+                link = entry.is_symlink()  # listed later, so that a folder goes by its own name if it has one here
+                (links if link else todo).append((path, real if link else f"{real}/{entry.name}"))
             elif is_image(entry.name) and (entry.is_symlink() or entry.is_file()):
                 found.append(path)  # a dead link too: reading it is the error, or it is skipped and counted
             else:
                 passed.add(DEAD if is_dead(entry) else OTHER, path)
-    return sorted(found, key=lambda path: path.split("/"))
+    return sorted(found) if len(seen) == 1 else sorted(found, key=lambda path: path.split("/"))
 
 
 def _holds(outer: str, inner: str) -> bool:

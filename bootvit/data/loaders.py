@@ -44,13 +44,6 @@ class Batch(NamedTuple):
     global_size: int  # images of this step over all workers (those broken at loading counted)
 
 
-class Way(NamedTuple):
-    """How images become batches."""
-
-    place: Literal["memory", "workers"]
-    augment: Augment
-
-
 class Piece(NamedTuple):
     """The positions that one worker takes of one step."""
 

@@ -22,9 +22,10 @@ import pyarrow.parquet as pq
 from bootvit.config import DataConfig
 from bootvit.data.cache import mapped
 from bootvit.data.check import check
-from bootvit.data.fractions import Subset, digest_of, hash_ranks, whole
+from bootvit.data.fractions import hash_ranks, subset, whole
+from bootvit.data.keys import by_hash, fingerprint_of
 from bootvit.data.parquet import METADATA
-from bootvit.data.sources import fingerprint_of, open_table
+from bootvit.data.sources import open_table
 from bootvit.data.table import ArrowImages, FileImages, Images, ImageTable, ParquetImages, PixelImages, Rows
 from bootvit.errors import UserError
 
@@ -90,7 +91,7 @@ def _only(table: ImageTable, kept: Rows) -> ImageTable:
     """Some rows of a table as a table."""
     images: Images
     if isinstance(table.images, ParquetImages):
-        images = mapped(Subset(table, kept, digest_of(table, kept)))
+        images = mapped(subset(table, kept))
     elif isinstance(table.images, FileImages):
         images = replace(table.images, paths=table.images.paths.take(pa.array(kept)))
     elif isinstance(table.images, ArrowImages):
@@ -98,8 +99,9 @@ def _only(table: ImageTable, kept: Rows) -> ImageTable:
     else:
         images = PixelImages(table.images.pixels[kept])
     rows = table.rows.take(pa.array(kept))
-    labels, keys = table.labels[kept], [table.keys[row] for row in kept]
-    return replace(table, rows=rows, images=images, fingerprint=fingerprint_of(images, labels, keys))
+    order = by_hash(rows["key"])
+    fingerprint = fingerprint_of(images, table.labels[kept], rows["key"], order)
+    return replace(table, rows=rows, order=order, images=images, fingerprint=fingerprint)
 
 
 def _write_split(table: ImageTable, place: Path, split: str, group_bytes: int, file_bytes: int) -> int:
@@ -165,7 +167,7 @@ def _columns(table: ImageTable, images: list[Any], rows: list[int]) -> dict[str,
     return {
         "image": images,
         "label": [int(table.labels[row]) for row in rows],
-        "key": [table.keys[row] for row in rows],
+        "key": table.rows["key"].take(pa.array(rows)),
     }
 
 
@@ -173,10 +175,10 @@ def _in_order(table: ImageTable) -> Iterator[tuple[int, bytes]]:
     """(row, encoded image) in the order of packing."""
     order = packing_order(table)
     if isinstance(table.images, ParquetImages):  # copied first, because its rows cannot be read one by one
-        subset = whole(table)
+        every = whole(table)
         place = np.empty(len(table), np.int64)
-        place[subset.indices] = np.arange(len(table))
-        scanned = mapped(subset).scan(place[order])
+        place[every.indices] = np.arange(len(table))
+        scanned = mapped(every).scan(place[order])
     else:
         scanned = table.images.scan(order)
     for at, data in scanned:

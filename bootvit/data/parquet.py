@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import Counter
 from dataclasses import replace
 from typing import Literal
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from bootvit.data import parquet_labels
 from bootvit.data.cache import remembered
 from bootvit.data.found import Found, listed
+from bootvit.data.keys import Keys, column, repeated
 from bootvit.data.listing import entries, is_dropping, is_folder
 from bootvit.data.parquet_columns import (
     METADATA,
@@ -198,7 +199,7 @@ def _check_guess(shards: list[Shard], column: str, labels: Rows) -> None:
 # ------------------------------------------------------------------------------------------------------ keys
 
 
-def _keys(shards: list[Shard], images: ParquetImages, labels: Rows, notes: list[str]) -> list[str]:
+def _keys(shards: list[Shard], images: ParquetImages, labels: Rows, notes: list[str]) -> Keys:
     """The column `key`, else `image.path` where it is there and unique, else the SHA-256 of the bytes."""
     with_key = [shard for shard in shards if "key" in shard.schema.names]
     if with_key:
@@ -209,50 +210,66 @@ def _keys(shards: list[Shard], images: ParquetImages, labels: Rows, notes: list[
     struct = images.column.removesuffix(".bytes")
     if struct == images.column or any(shard.schema.field(struct).type.get_field_index("path") < 0 for shard in shards):
         return _numbered(images, labels)
-    paths = [path for shard in shards for path in _texts(shard, f"{struct}.path")]
-    keys = [path for path in paths if path]
-    if len(keys) == len(paths) == len(set(keys)):
+    paths = pa.chunked_array(
+        [chunk for shard in shards for chunk in _texts(shard, f"{struct}.path").chunks], pa.string()
+    )
+    keys = paths.filter(_given(paths))
+    twice = repeated(keys)
+    if twice is None and len(keys) == len(paths):
         return keys
-    if keys and len(set(keys)) < len(keys):
-        twice = Counter(keys).most_common(1)[0][0]
+    if twice is not None:
         notes.append(
             f"{printable(shards[0].path)}: {struct}.path is not unique ({twice!r}): keys are hashes of the images"
         )
     return _numbered(images, labels)
 
 
-def _key_column(shards: list[Shard]) -> list[str]:
+def _key_column(shards: list[Shard]) -> Keys:
     """The column `key` of every file: unique, and there in every row."""
-    seen: set[str] = set()
-    out: list[str] = []
+    chunks: list[pa.Array] = []
+    ends = []
     for shard in shards:
         texts = _texts(shard, "key")
-        keys = [key for key in texts if key]
-        seen.update(keys)
-        out += keys
-        if len(keys) < len(texts) or len(seen) < len(out):
-            raise UserError(f"{printable(shard.path)}: the column 'key' must be there in every row and unique")
-    return out
+        if not pc.all(_given(texts)).as_py():
+            raise _wrong_key(shard)
+        chunks += texts.chunks
+        ends.append(sum(map(len, chunks)))
+    keys = pa.chunked_array(chunks, pa.string())
+    if repeated(keys) is not None:
+        seen = (len(keys.slice(0, end).unique()) for end in ends)
+        raise _wrong_key(next(shard for shard, end, count in zip(shards, ends, seen, strict=True) if count < end))
+    return keys
 
 
-def _texts(shard: Shard, column: str) -> list[str | None]:
+def _given(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Whether each is there and not empty."""
+    return pc.fill_null(pc.not_equal(texts, ""), False)
+
+
+def _wrong_key(shard: Shard) -> UserError:
+    return UserError(f"{printable(shard.path)}: the column 'key' must be there in every row and unique")
+
+
+def _texts(shard: Shard, column: str) -> pa.ChunkedArray:
     """A column of text or integers, or a text child of a struct, as text."""
     values = read_column(shard.path, column)
     type_ = values.type.value_type if pa.types.is_dictionary(values.type) else values.type
     if pa.types.is_null(type_):
-        return [None] * len(values)
+        return values.cast(pa.string())
     if not (parquet_labels.is_text(type_) or pa.types.is_integer(type_)):
         raise UserError(f"{printable(shard.path)}: column {column!r} is of type {type_}, not text or integers")
-    return parquet_labels.texts_of(values)
+    try:
+        texts = values.cast(type_).cast(pa.string())
+        texts.validate(full=True)
+        return texts
+    except pa.ArrowInvalid:  # bytes that are not UTF-8
+        return pa.chunked_array([pa.array(parquet_labels.texts_of(values), pa.string())])
 
 
-def _numbered(images: ParquetImages, labels: Rows) -> list[str]:
+def _numbered(images: ParquetImages, labels: Rows) -> Keys:
     """SHA-256 of each image's bytes; equal images get a number, by label, so that the order of rows is irrelevant."""
     every = np.arange(len(labels))
-    if images.stored:
-        digests = remembered("digests", images.stamp(every), pa.large_string(), lambda: _digests(images, every))
-    else:
-        digests = _digests(images, every)
+    digests = remembered("digests", images.stamp(every), pa.large_string(), lambda: _digests(images, every))
     seen: dict[str, int] = {}
     out = list(digests)
     for row in np.lexsort((labels, np.array(digests))):
@@ -260,7 +277,7 @@ def _numbered(images: ParquetImages, labels: Rows) -> list[str]:
         seen[digest] = seen.get(digest, 0) + 1
         if seen[digest] > 1:
             out[row] = f"{digest}-{seen[digest]}"
-    return out
+    return column(out)
 
 
 def _digests(images: ParquetImages, rows: Rows) -> list[str]:

@@ -6,7 +6,6 @@ elsewhere the index in the original files.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -15,15 +14,15 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from bootvit.addresses import public_address
+from bootvit.addresses import public_address, wrong_with
 from bootvit.config import DataConfig, pair
 from bootvit.data import cifar, folders, parquet
-from bootvit.data.cache import remembered
+from bootvit.data.cache import remembered, remembered_rows
 from bootvit.data.decode import BrokenImage, decode, encode_png, header_size
 from bootvit.data.found import Found, relabel
-from bootvit.data.fractions import by_hash
+from bootvit.data.keys import by_hash, column, fingerprint_of
 from bootvit.data.notes import class_notes, orientation_notes, test_notes
-from bootvit.data.stores import ADDRESS, StorePath, open_root, wrong_with
+from bootvit.data.stores import ADDRESS, StorePath, open_root
 from bootvit.data.table import (
     RGB,
     ArrowImages,
@@ -45,7 +44,7 @@ SMALL = 96  # the longest side, in pixels, of images that are kept decoded in me
 MANY_CLASSES = 100_000  # without names of their own
 PROBED = 64  # images whose size decides whether all are small
 MEASURED = 1000  # images from which an unknown data set's mean and deviation are computed
-FINGERPRINTED = 16  # images whose bytes enter the fingerprint
+LARGE = 1 << 16  # keys whose hashes are computed once per node; a second for each million
 
 
 def open_table(
@@ -117,11 +116,11 @@ def _digits(split: Split) -> Found:
     rows = _digits_rows(labels, split)
     pixels = np.repeat(grey[rows, :, :, None], 3, axis=3)
     names = tuple(str(digit) for digit in range(10))
-    return Found(PixelImages(pixels), labels[rows], [str(row) for row in rows], names, auto="none")
+    return Found(PixelImages(pixels), labels[rows], column(map(str, rows)), names, auto="none")
 
 
 def _digits_rows(labels: Rows, split: Split) -> Rows:
-    order = by_hash([str(row) for row in range(len(labels))])
+    order = by_hash(column(map(str, range(len(labels)))))
     parts = []
     for digit in range(10):
         rows = order[labels[order] == digit]
@@ -137,7 +136,7 @@ def _fake(data: DataConfig, split: Split) -> Found:
     """
     count = data.num_classes or 4
     labels = np.arange((40 if split == "train" else 10) * count, dtype=np.int64) % count
-    keys = [f"{split}-{row}" for row in range(len(labels))]
+    keys = column(f"{split}-{row}" for row in range(len(labels)))
     classes = tuple(str(label) for label in range(count))
     rows, cols = pair(data.image_size)
     if max(rows, cols) <= SMALL:
@@ -147,8 +146,8 @@ def _fake(data: DataConfig, split: Split) -> Found:
         encode_png(_stripes(row, row % count, count, (rows + row % 7 * 5, cols + row % 5 * 9), split))
         for row in range(len(labels))
     ]
-    column = pa.chunked_array([pa.array(encoded, pa.binary())])
-    return Found(ArrowImages(column, np.arange(len(encoded))), labels, keys, classes)
+    images = pa.chunked_array([pa.array(encoded, pa.binary())])
+    return Found(ArrowImages(images, np.arange(len(encoded))), labels, keys, classes)
 
 
 def _stripes(row: int, label: int, count: int, size: tuple[int, int], split: Split) -> npt.NDArray[np.uint8]:
@@ -177,20 +176,21 @@ def _finish(
     images = found.images
     first = [] if like or isinstance(images, PixelImages) else first_images(images)
     native = like.native if like else found.native if found.packed else native_size(found.images, first)
-    mean, std = (like.mean, like.std) if like else _constants(found, data, native)
+    order = found.order if found.order is not None else _hash_order(found)
+    mean, std = (like.mean, like.std) if like else _constants(found, data, native, order)
     auto = like.auto if like else found.auto or ("crop" if native else "area")
-    rows = pa.table({"label": pa.array(labels, pa.int64()), "key": pa.array(found.keys, pa.string())})
+    rows = pa.table({"label": pa.array(labels, pa.int64()), "key": found.keys})
     fingerprint = found.fingerprint
     if fingerprint is None:
         (fingerprint,) = _kept(
-            images, "fingerprint", pa.string(), lambda: [fingerprint_of(images, found.labels, found.keys)]
+            images, "fingerprint", pa.string(), lambda: [fingerprint_of(images, found.labels, found.keys, order)]
         )
     if like:
         notes += test_notes(found.place or data.source, labels, like.labels, wanted)
     else:
         notes += class_notes(found.place or data.source, found.labels, names, numbered=found.classes is None)
         notes += orientation_notes(found.place or data.source, first)
-    return ImageTable(rows, found.images, wanted, mean, std, fingerprint, native, auto)
+    return ImageTable(rows, order, found.images, wanted, mean, std, fingerprint, native, auto)
 
 
 def _own_names(found: Found, data: DataConfig) -> tuple[str, ...]:
@@ -222,21 +222,29 @@ def _check_labels(found: Found, classes: Sequence[str], data: DataConfig) -> Non
     if len(wrong):
         row = int(wrong[0])
         raise UserError(
-            f"{found.place or data.source}: image {found.keys[row]!r} has label {found.labels[row]}, "
+            f"{found.place or data.source}: image {found.keys[row].as_py()!r} has label {found.labels[row]}, "
             f"but there are {len(classes)} classes (0 to {len(classes) - 1})"
         )
 
 
-def _constants(found: Found, data: DataConfig, native: tuple[int, int] | None) -> tuple[RGB, RGB]:
+def _hash_order(found: Found) -> Rows:
+    if isinstance(found.images, ParquetImages) and len(found.labels) > LARGE:
+        return remembered_rows("hash order", found.images.stamp(np.arange(0)), lambda: by_hash(found.keys))
+    return by_hash(found.keys)
+
+
+def _constants(found: Found, data: DataConfig, native: tuple[int, int] | None, order: Rows) -> tuple[RGB, RGB]:
     """Mean and deviation: the user's, the source's, measured for small images, else ImageNet's."""
     if data.mean is not None and data.std is not None:
         return data.mean, data.std
     if found.constants is not None:
         mean, std = found.constants
     elif native and not isinstance(found.images, FileImages):
-        rows = by_hash(found.keys)[:MEASURED]
         numbers = _kept(
-            found.images, "mean, std", pa.float64(), lambda: [n for rgb in measure(found.images, rows) for n in rgb]
+            found.images,
+            "mean, std",
+            pa.float64(),
+            lambda: [n for rgb in measure(found.images, order[:MEASURED]) for n in rgb],
         )
         mean, std = _rgb(numbers[:3]), _rgb(numbers[3:])
     else:
@@ -302,17 +310,3 @@ def _arrays(images: Images, rows: Rows) -> list[npt.NDArray[np.uint8]]:
 def _rgb(values: npt.NDArray[np.float64] | Sequence[float]) -> RGB:
     red, green, blue = (round(float(value), 4) for value in values)
     return red, green, blue
-
-
-def fingerprint_of(images: Images, labels: Rows, keys: Sequence[str]) -> str:
-    """32 hex digits from all labels and keys, and the bytes of 16 images, whatever the order of the rows."""
-    order = by_hash(keys)
-    state = hashlib.sha256()
-    for row in order:
-        state.update(f"{labels[row]} {keys[row]}\n".encode())
-    sampled = order[np.linspace(0, len(order) - 1, min(FINGERPRINTED, len(order))).astype(np.int64)]
-    if isinstance(images, PixelImages):
-        state.update(images.pixels[sampled].tobytes())
-    else:
-        state.update(b"".join(data for _, data in sorted(images.scan(sampled))))
-    return state.hexdigest()[:32]

@@ -19,10 +19,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from bootvit.addresses import has_secret, public_address, without_secrets
+from bootvit.addresses import public_address, without_secrets
 from bootvit.errors import RunFailed, UserError
 
-SCHEMES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*)://")
 ANSWER_S = 20.0  # for the first answer of a store
 GOOGLE_S = 6  # Google's client would try for a quarter of an hour
@@ -42,40 +41,6 @@ OF_THE_STORE = re.compile(  # what the clients say of a request; anything else t
 
 T = TypeVar("T")
 S = TypeVar("S")
-
-
-def wrong_with(address: str, source: str) -> str | None:
-    """Why an address cannot be a data set's `root`, without its secrets; None if it may be one."""
-    if (wrong := wrong_address(address)) or source == "parquet":
-        return wrong
-    return (
-        f"data.source={source} needs a folder: from an object store Parquet files are read (data.source=parquet), "
-        "which `bootvit data pack` makes of any source"
-    )
-
-
-def wrong_address(address: str) -> str | None:
-    """Why a text is no address of a folder in an object store, without its secrets; None if it is one."""
-    scheme, separator, rest = address.partition("://")
-    if not separator or scheme.lower() not in SCHEMES:
-        known = ", ".join(f"{name}://" for name in SCHEMES)
-        return f"not an address of an object store, which begins with one of {known} (or give the path of a folder)"
-    if scheme != scheme.lower():
-        return f"write {scheme.lower()}://"
-    if not re.match(r"[^/?]", rest):
-        return f"it names no bucket or host: expected {scheme}://BUCKET/FOLDER"
-    return _secret_in(address, scheme) if has_secret(address) else None
-
-
-def _secret_in(address: str, scheme: str) -> str:
-    if not has_secret(address.partition("?")[0]):
-        known = "region, scheme, endpoint_override, tls_ca_file_path and retry_limit_seconds"
-        return f"its parameters (after the '?') may be {known}; keys and tokens come from the store's own variables"
-    azure = ", or abfs://ACCOUNT.blob.core.windows.net/CONTAINER/FOLDER" if scheme.startswith("abfs") else ""
-    return (
-        "an address holds no user, key or token here: leave it out, the store's own variables and files give it, "
-        f"such as AWS_ACCESS_KEY_ID or ~/.aws/credentials{azure}"
-    )
 
 
 @dataclass(eq=False)

@@ -64,7 +64,7 @@ class FileImages:
     """One file an image, below `root`."""
 
     root: Path
-    paths: pa.Array  # binary: names are bytes to the file system, and need not be UTF-8
+    paths: pa.Array | pa.ChunkedArray  # binary: names are bytes to the file system, and need not be UTF-8
 
     def open(self, row: int) -> Image.Image:
         """Read and decode one image."""
@@ -80,18 +80,19 @@ class FileImages:
 
     def where(self, row: int) -> str:
         """The file."""
-        return printable(self._path(row))
+        return printable(self.path(row))
 
     def stamp(self, rows: Rows) -> bytes:
         """Sizes and times of the files: a cache made from other files of the same names must not be used."""
-        return repr([_stamp(self._path(row)) for row in rows]).encode()
+        return repr([_stamp(self.path(row)) for row in rows]).encode()
 
-    def _path(self, row: int) -> Path:
+    def path(self, row: int) -> Path:
+        """Where it lies."""
         return self.root / os.fsdecode(self.paths[int(row)].as_py())
 
     def _read(self, row: int) -> bytes:
         try:
-            return self._path(row).read_bytes()
+            return self.path(row).read_bytes()
         except OSError as err:
             raise BrokenImage(err.strerror or str(err)) from err
 
@@ -255,6 +256,7 @@ class ImageTable:
     """One split of a data set."""
 
     rows: pa.Table = field(repr=False)  # columns `label` (int64) and `key` (string, unique)
+    order: Rows = field(repr=False)  # row numbers in the order of the keys' hashes
     images: Images = field(repr=False)
     classes: tuple[str, ...]
     mean: RGB
@@ -272,13 +274,7 @@ class ImageTable:
         out: Rows = self.rows["label"].to_numpy()
         return out
 
-    @cached_property
-    def keys(self) -> list[str]:
-        """N unique strings."""
-        out: list[str] = self.rows["key"].to_pylist()
-        return out
-
     def where(self, row: int) -> str:
         """Which image this is, for messages: its file, or its container and key."""
         place = self.images.where(row)
-        return place if isinstance(self.images, FileImages) else f"{place}, key {self.keys[row]!r}"
+        return place if isinstance(self.images, FileImages) else f"{place}, key {self.rows['key'][row].as_py()!r}"

@@ -1,8 +1,11 @@
 """The networks: timm's vision Transformer, the agent CNN, and the agent on the Transformer's weights."""
 
-from typing import NamedTuple
+from __future__ import annotations
 
-from torch import Tensor
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Features(NamedTuple):

@@ -4,37 +4,14 @@ D width, H heads. Maps are (batch, D, rows, cols) inside and (batch, rows, cols,
 """
 
 from collections.abc import Sequence
-from math import ceil, sqrt
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bootvit.errors import UserError
 from bootvit.models import Features
-
-Tap = tuple[int, int]  # (rows down, columns right) from the pixel in the middle
-TapRule = Literal["row_major", "centred"]
-
-
-def head_taps(heads: int, rule: TapRule) -> tuple[Tap, ...]:
-    """The place of every head in the smallest odd square window that has one for each.
-
-    row_major: head h at place h, as the reference; its own window, of side ceil(sqrt(heads)), must be odd.
-    centred: nearest to the middle first, ties in row-major order; any number of heads.
-    """
-    side = ceil(sqrt(heads))
-    if rule == "row_major" and side % 2 == 0:
-        raise UserError(
-            f"model.agent.taps=row_major cannot place {heads} heads: their {side}x{side} window has no middle; "
-            "use taps=centred, or 1, 5-9, 17-25 or 37-49 heads"
-        )
-    reach = side // 2
-    places = [(dy, dx) for dy in range(-reach, reach + 1) for dx in range(-reach, reach + 1)]
-    if rule == "centred":
-        places.sort(key=lambda tap: tap[0] ** 2 + tap[1] ** 2)  # stable: ties stay row-major
-    return tuple(places[:heads])
+from bootvit.models.shapes import Tap
 
 
 class HeadTapConv(nn.Module):
@@ -179,20 +156,3 @@ def init_agent(agent: Agent, rule: Literal["timm", "reference"]) -> None:
     for conv in convs:
         if isinstance(conv, nn.Conv2d) and conv.bias is not None:
             nn.init.normal_(conv.bias, mean=1e-6 if reference else 0.0, std=1.0 if reference else 1e-6)
-
-
-def map_sides(
-    stem: Literal["patch", "resnet"],
-    grid: tuple[int, int],
-    image: tuple[int, int],
-    depth: int,
-    downsample: Sequence[int],
-) -> list[tuple[int, int]]:
-    """(rows, cols) of the agent's map at every block, before that block's pool."""
-    sides = grid if stem == "patch" else (ceil(image[0] / 8), ceil(image[1] / 8))
-    out = []
-    for i in range(depth):
-        out.append(sides)
-        if i in downsample:
-            sides = (sides[0] // 2, sides[1] // 2)
-    return out

@@ -14,7 +14,8 @@ import torch.nn.functional as F
 from timm.layers import Attention, Mlp
 from torch import Tensor, nn
 
-from bootvit.models.agent import Agent, AgentBlock, Tap
+from bootvit.models.agent import Agent, AgentBlock
+from bootvit.models.shapes import Tap
 
 
 class SharedMixer(nn.Module):

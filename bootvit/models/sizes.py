@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bootvit.config import Config, merge, override, validate
 from bootvit.learner import Networks
+from bootvit.models.shapes import vit_shape
 from bootvit.models.vit import vit_features
-from bootvit.models.zoo import vit_shape
 
 CLASSES = (10, 100, 1000)
 

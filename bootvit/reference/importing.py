@@ -15,7 +15,8 @@ from torch import Tensor
 
 from bootvit import checkpoint
 from bootvit.config import Config
-from bootvit.data import DataFacts, DataSplits, Preparation, TrainBatches, facts_of, open_splits
+from bootvit.data import DataFacts, DataSplits, Preparation, facts_of, open_splits
+from bootvit.data.batches import TrainBatches
 from bootvit.data.cifar import MEAN, STD
 from bootvit.data.sources import IMAGENET
 from bootvit.errors import UserError

@@ -16,7 +16,7 @@ from torch import Tensor
 from bootvit.config import Config, Network
 from bootvit.errors import UserError
 from bootvit.learner import Learner, Networks
-from bootvit.models.zoo import mirrors
+from bootvit.models.shapes import mirrors
 
 Pairs = Sequence[tuple[str, str]]  # (beginning there, beginning here); {} is a block's number
 

@@ -8,7 +8,7 @@ from typing import Any
 from bootvit.config import Config, Network, merge, with_overrides
 from bootvit.errors import UserError
 from bootvit.load import make_config
-from bootvit.models.zoo import agent_maps, poolable, vit_grid, vit_shape
+from bootvit.models.shapes import agent_maps, poolable, vit_grid, vit_shape
 from bootvit.reference.files import Node
 from bootvit.reference.networks import ReadAgent, ReadViT, read_agent, read_shared_agent, read_vit
 from bootvit.reference.training import (

@@ -10,10 +10,10 @@ from typing import Any
 
 from bootvit.tracking.link import Status
 from bootvit.tracking.run import MlflowRun
-from bootvit.tracking.store import is_new_database
+from bootvit.tracking.store import sqlite_path
 
 PATIENCE_S = 15.0  # at the end of a run, for what MLflow has not got yet
-CREATION_S = 60.0  # more, while MLflow makes a new database: this machine works, nobody is waited for
+LOCAL_S = 60.0  # more, for an SQLite file: there this machine works, nobody is waited for
 UPLOAD_BYTES_PER_S = 4e6  # more, for the upload of a checkpoint that is at least so fast
 
 
@@ -29,7 +29,6 @@ class Follower:
         self._tried = threading.Event()  # whether MLflow has been asked for its run, successfully or not
         self._ended = threading.Event()
         self._has_end = False
-        self._creating = is_new_database(run.uri)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
@@ -50,8 +49,7 @@ class Follower:
         return wait_for(self._thread, self._patience(), self._run.folder)
 
     def _patience(self) -> float:
-        creation = CREATION_S if self._creating and not self._tried.is_set() else 0.0
-        return PATIENCE_S + creation + self._run.upload_size() / UPLOAD_BYTES_PER_S
+        return patience(self._run.uri) + self._run.upload_size() / UPLOAD_BYTES_PER_S
 
     def _work(self) -> None:
         self._run.connect()
@@ -60,6 +58,11 @@ class Follower:
             self._run.sync()
         if self._has_end:
             self._run.sync(now=True)
+
+
+def patience(uri: str) -> float:
+    """Seconds to wait at the end for a store that takes nothing."""
+    return PATIENCE_S + (LOCAL_S if sqlite_path(uri) else 0.0)
 
 
 def wait_for(thread: threading.Thread, seconds: float, folder: Path) -> bool:

@@ -123,12 +123,6 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(uri.removeprefix(SQLITE)).expanduser().resolve() if uri.startswith(SQLITE) else None
 
 
-def is_new_database(uri: str) -> bool:
-    """Whether MLflow will have to make an SQLite file there, which takes it seconds."""
-    path = sqlite_path(uri)
-    return path is not None and not path.exists()
-
-
 def check_writable(uri: str) -> None:
     """Raise `OSError` or `sqlite3.Error` for an SQLite store that cannot be written.
 

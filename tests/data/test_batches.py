@@ -12,7 +12,8 @@ import torch
 from data_making import config, picture, write_folder, write_hugging_face, write_small_parquet
 
 from bootvit.config import Config
-from bootvit.data import Batch, EvalBatches, Subset, TrainBatches, open_splits
+from bootvit.data import Subset, open_splits
+from bootvit.data.batches import Batch, EvalBatches, TrainBatches
 from bootvit.data.cache import cache_folder, decoded
 from bootvit.data.loaders import MemoryLoader, WorkerLoader
 from bootvit.data.randomness import permutation

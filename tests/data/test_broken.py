@@ -16,7 +16,8 @@ from data_making import config, data_config, picture, write_folder
 from PIL import Image
 
 from bootvit.config import Config
-from bootvit.data import EvalBatches, TrainBatches, open_splits
+from bootvit.data import open_splits
+from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.decode import BrokenImage, decode
 from bootvit.data.facts import Preparation
 from bootvit.data.loaders import Cut
@@ -239,9 +240,9 @@ def test_packing_a_parquet_set_with_broken_rows(tmp_path: Path) -> None:
     assert (done["train"], done["left_out"]) == (7, 1)
     packed = open_splits(data_config(source="parquet", root=tmp_path / "out")).train
     assert set(packed.keys) == {f"{i}.jpg" for i in range(8)} - {"3.jpg"}
-    by_key = dict(zip(packed.table.keys, range(7), strict=True))
+    by_key = dict(zip(packed.table.rows["key"].to_pylist(), range(7), strict=True))
     for place, data in packed.table.images.scan(np.arange(7)):
-        key = packed.table.keys[place]
+        key = packed.table.rows["key"].to_pylist()[place]
         assert data == cells[int(key.removesuffix(".jpg"))]["bytes"], key
     assert len(by_key) == 7
 

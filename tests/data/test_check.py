@@ -67,7 +67,7 @@ def test_an_image_that_kills_its_process_is_found_and_named(tmp_path: Path, monk
     table = table_of(tmp_path)
     monkeypatch.setattr(FileImages, "scan", scan)
     found = check(table, "train", 2)
-    names = {table.keys[row]: reason for row, reason in found.broken.items()}
+    names = {table.rows["key"].to_pylist()[row]: reason for row, reason in found.broken.items()}
     assert set(names) == {"a/img_0033.jpg", "b/img_0033.jpg"}
     assert names["a/img_0033.jpg"] == "the process that reads it dies: out of memory?"
     assert found.images == 150

@@ -239,7 +239,9 @@ def test_an_image_behind_a_dead_link_is_listed_and_broken_when_it_is_read(tmp_pa
     (tmp_path / "train" / "a" / "gone.jpg").symlink_to("nowhere.jpg")
     (tmp_path / "train" / "a" / "round.jpg").symlink_to("round.jpg")
     table = opened(tmp_path).train.table
-    rows = np.array([table.keys.index("a/gone.jpg"), table.keys.index("a/img_0000.jpg")])
+    rows = np.array(
+        [table.rows["key"].to_pylist().index("a/gone.jpg"), table.rows["key"].to_pylist().index("a/img_0000.jpg")]
+    )
     assert [len(data) > 0 for _, data in table.images.scan(rows)] == [False, True]
     assert len(table) == 6
     before = table.images.stamp(rows)
@@ -265,9 +267,9 @@ def test_names_that_are_not_utf8_are_used_and_printable(tmp_path: Path) -> None:
     splits = opened(tmp_path)
     table = splits.train.table
     assert splits.classes == ("a", "b", "caf\\xe9")
-    assert {"caf\\xe9/\\xff1.jpg", "a/two\\x0alines.jpg"} <= set(table.keys)
+    assert {"caf\\xe9/\\xff1.jpg", "a/two\\x0alines.jpg"} <= set(table.rows["key"].to_pylist())
     json.dumps([splits.train.keys, splits.notes], ensure_ascii=False).encode()
-    row = table.keys.index("caf\\xe9/\\xff1.jpg")
+    row = table.rows["key"].to_pylist().index("caf\\xe9/\\xff1.jpg")
     assert table.images.open(row).size == SMALL  # type: ignore[union-attr]
     assert table.where(row) == f"{tmp_path}/train/caf\\xe9/\\xff1.jpg"
     assert b"(" in table.images.stamp(np.array([row]))

@@ -37,7 +37,7 @@ def test_a_fraction_is_the_front_of_each_class_in_hash_order(fraction: float, he
     table = open_table(data_config(source="digits"), "train")
     assert table is not None
     by_label: dict[int, list[str]] = {}
-    for key, label in zip(table.keys, table.labels.tolist(), strict=True):
+    for key, label in zip(table.rows["key"].to_pylist(), table.labels.tolist(), strict=True):
         by_label.setdefault(label, []).append(key)
     held = largest_remainder([len(by_label[label]) for label in range(10)], held_out)
     splits = open_splits(data_config(source="digits", fraction=fraction, held_out=held_out))

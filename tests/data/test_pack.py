@@ -13,7 +13,8 @@ import torch
 from data_making import config, data_config, write_folder, write_small_parquet
 
 from bootvit.config import Config
-from bootvit.data import EvalBatches, TrainBatches, open_splits
+from bootvit.data import open_splits
+from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.pack import pack
 from bootvit.data.table import ParquetImages
 from bootvit.errors import UserError

@@ -7,8 +7,9 @@ import pytest
 import torch
 from PIL import Image
 
-from bootvit.data import Preparation, preprocess
+from bootvit.data import Preparation
 from bootvit.data.augment import pad_crop_flip
+from bootvit.data.batches import preprocess
 from bootvit.data.randomness import permutation, uniforms
 from bootvit.data.resize import area_box, area_crop, centre_crop, resize_batch
 

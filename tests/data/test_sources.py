@@ -33,15 +33,15 @@ def test_digits_are_scikit_learns_with_a_fifth_for_testing() -> None:
     raw = load_digits()
     splits = open_splits(data_config(source="digits"))
     assert splits.test is not None
-    keys = splits.train.keys + splits.test.keys
+    keys = splits.train.keys + splits.test.rows["key"].to_pylist()
     assert sorted(map(int, keys)) == list(range(1797))
     for label in range(10):
         size = int((raw.target == label).sum())
         assert int((splits.test.labels == label).sum()) == round(size / 5)
         ordered = sorted((str(row) for row in np.flatnonzero(raw.target == label)), key=_sha)
-        assert set(ordered[-round(size / 5) :]) <= set(splits.test.keys)
+        assert set(ordered[-round(size / 5) :]) <= set(splits.test.rows["key"].to_pylist())
     table = splits.train.table
-    row = table.keys.index(splits.train.keys[0])
+    row = table.rows["key"].to_pylist().index(splits.train.keys[0])
     pixels = table.images.pixels[row]  # type: ignore[union-attr]
     np.testing.assert_array_equal(pixels[..., 0], np.round(raw.images[int(splits.train.keys[0])] * 255 / 16))
     np.testing.assert_array_equal(pixels[..., 0], pixels[..., 2])
@@ -55,7 +55,7 @@ def _sha(key: str) -> str:
 def test_measured_constants_are_the_training_pixels() -> None:
     table = train_table(source="digits")
     pixels = table.images.pixels / 255  # type: ignore[union-attr]
-    first = sorted(range(len(table)), key=lambda row: _sha(table.keys[row]))[:1000]
+    first = sorted(range(len(table)), key=lambda row: _sha(table.rows["key"].to_pylist()[row]))[:1000]
     np.testing.assert_allclose(table.mean, pixels[first].mean((0, 1, 2)), atol=1e-4)
     np.testing.assert_allclose(table.std, pixels[first].std((0, 1, 2)), atol=1e-4)
     assert train_table(source="digits", mean=(0.1, 0.2, 0.3)).mean == (0.1, 0.2, 0.3)
@@ -86,7 +86,7 @@ def test_cifar_files_are_read_as_torchvision_leaves_them(tmp_path: Path, source:
     wanted = write_cifar(tmp_path, source)
     splits = open_splits(data_config(source=source, root=tmp_path if below else next(tmp_path.iterdir())))
     np.testing.assert_array_equal(splits.train.table.images.pixels, wanted)  # type: ignore[union-attr]
-    assert splits.train.table.keys == [str(row) for row in range(len(wanted))]
+    assert splits.train.table.rows["key"].to_pylist() == [str(row) for row in range(len(wanted))]
     assert splits.classes[3] == "name 3"
     assert (splits.mean[0], splits.std) == (mean, (0.2023, 0.1994, 0.2010))
     assert splits.test is not None
@@ -149,12 +149,12 @@ def test_folders_are_listed_once_with_nested_files(tmp_path: Path) -> None:
     write_folder(tmp_path, "val", {"a": 1}, size=(8, 8))
     table = train_table(source="imagefolder", root=tmp_path)
     assert table.classes == ("a", "b")
-    assert table.keys == ["a/img_0000.jpg", "a/more/deep/x.PNG", "b/img_0000.jpg", "b/img_0001.jpg"]
+    assert table.rows["key"].to_pylist() == ["a/img_0000.jpg", "a/more/deep/x.PNG", "b/img_0000.jpg", "b/img_0001.jpg"]
     assert table.labels.tolist() == [0, 0, 1, 1]
     assert table.mean == (0.485, 0.456, 0.406)
     test = open_splits(data_config(source="imagenet", root=tmp_path)).test
     assert test is not None
-    assert test.keys == ["a/img_0000.jpg"]
+    assert test.rows["key"].to_pylist() == ["a/img_0000.jpg"]
 
 
 def test_class_folders_in_the_root_are_a_training_split(tmp_path: Path) -> None:
@@ -177,11 +177,11 @@ def test_parquet_keys_are_paths_where_unique_else_hashes(tmp_path: Path) -> None
     images = [picture(seed, 8, 8) for seed in range(4)]
     write_hugging_face(tmp_path / "a" / "train.parquet", images, [0, 1, 0, 1], ["w", "x", "y", "z"], ["cat", "dog"])
     table = train_table(source="parquet", root=tmp_path / "a")
-    assert (table.keys, table.classes) == (["w", "x", "y", "z"], ("cat", "dog"))
+    assert (table.rows["key"].to_pylist(), table.classes) == (["w", "x", "y", "z"], ("cat", "dog"))
     for folder, paths in (("b", ["w", "w", "y", "z"]), ("c", [None] * 4)):
         write_hugging_face(tmp_path / folder / "train.parquet", images, [0, 1, 0, 1], paths)
         table = train_table(source="parquet", root=tmp_path / folder)
-        assert table.keys == [hashlib.sha256(data).hexdigest() for data in images]
+        assert table.rows["key"].to_pylist() == [hashlib.sha256(data).hexdigest() for data in images]
         assert table.classes == ("0", "1")
 
 
@@ -190,7 +190,7 @@ def test_equal_images_have_different_keys_whatever_the_order(tmp_path: Path) -> 
     write_hugging_face(tmp_path / "a" / "train.parquet", images, [1, 0, 0], [None] * 3)
     write_hugging_face(tmp_path / "b" / "train.parquet", images[::-1], [0, 0, 1], [None] * 3)
     one, two = (train_table(source="parquet", root=tmp_path / name) for name in "ab")
-    pairs = [set(zip(table.labels.tolist(), table.keys, strict=True)) for table in (one, two)]
+    pairs = [set(zip(table.labels.tolist(), table.rows["key"].to_pylist(), strict=True)) for table in (one, two)]
     assert pairs[0] == pairs[1]
     assert len(set(one.keys)) == 3
 
@@ -202,7 +202,7 @@ def test_val_files_stand_in_for_an_unlabelled_test_split(tmp_path: Path) -> None
     write_hugging_face(tmp_path / "validation.parquet", images, [1, 0], ["e", "f"])
     test = open_splits(data_config(source="parquet", root=tmp_path)).test
     assert test is not None
-    assert set(test.keys) == {"e", "f"}
+    assert set(test.rows["key"].to_pylist()) == {"e", "f"}
 
 
 def test_fake_images_are_the_same_every_time_and_of_both_kinds() -> None:

@@ -14,14 +14,16 @@ from PIL import Image
 from timm.layers import Attention
 
 from bootvit.config import DataConfig, ScheduleConfig, pair
-from bootvit.data import Preparation, open_splits, preprocess
+from bootvit.data import Preparation, open_splits
+from bootvit.data.batches import preprocess
 from bootvit.data.cifar import MEAN, STD
 from bootvit.data.fractions import reference_picks
 from bootvit.data.sources import IMAGENET
 from bootvit.data.table import RGB
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World, count
-from bootvit.models.agent import HeadTapConv, head_taps, resnet_stem
+from bootvit.models.agent import HeadTapConv, resnet_stem
+from bootvit.models.shapes import head_taps
 from bootvit.models.shared import SharedMixer
 from bootvit.models.vit import sparse_weights
 from bootvit.objective import block_hint, kd_loss

@@ -122,6 +122,16 @@ def test_a_sweep_holds_images_out_even_where_its_base_does_not(tmp_path: Path) -
     assert load_sweep(str(path), ["data.held_out=0.3"]).base.data.held_out == 0.3
 
 
+def test_a_base_that_is_nowhere_is_named_with_both_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.yaml").write_text("method: vit")  # where the command is started, not beside the file
+    path = tmp_path / "sub" / "s.yaml"
+    path.parent.mkdir()
+    path.write_text("name: s\nbase: mine.yaml\nspace: {objective.vit.kd: {grid: [1, 2]}}\n")
+    with pytest.raises(UserError, match=r"s.yaml: base 'mine.yaml': neither the file .*sub/mine.yaml nor a shipped"):
+        load_sweep(str(path))
+
+
 def test_keys_go_to_the_sweep_or_to_the_base(tmp_path: Path) -> None:
     path = sweep_file(tmp_path, space={KD: {"grid": [1.0, 2.0]}})
     overrides = ["name=other", "seeds=[1, 2]", "space.objective.vit.kd.grid=[3]", "schedule.epochs=7", "seed=9"]

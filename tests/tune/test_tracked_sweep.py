@@ -145,7 +145,7 @@ def test_a_sweep_that_mlflow_hears_of_late_and_its_failure_and_no_secret(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The store is down, at an address with a secret, while the sweep runs; one trial fails for good."""
-    monkeypatch.setattr("tune.run.recording.PATIENCE_S", 30.0)
+    monkeypatch.setattr("bootvit.tracking.follow.PATIENCE_S", 30.0)
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         address = f"http://me:{SECRET}@127.0.0.1:{sock.getsockname()[1]}"

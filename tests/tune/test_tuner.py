@@ -22,8 +22,8 @@ from tune.decide.conductor import Conductor
 from tune.decide.log import Trial, read_events
 from tune.run import tuner
 from tune.run.capacity import Room
+from tune.run.job import Job, Report
 from tune.run.trainable import TrialActor
-from tune.run.trial import Job, Report
 from tune.run.tuner import execute
 from tune.run.work import Work
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from importlib.util import find_spec
 
 from bootvit.errors import UserError
-from bootvit.train import connect_ray, importlib_missing
+from bootvit.ray_connection import connect_ray
 from cluster.capacity import check_cluster, has_autoscaler, live_nodes, trial_workers, trials_at_once
 from cluster.probe import check_nodes, places_of
 from tune.spec.schema import Sweep
@@ -39,7 +40,7 @@ def start_ray(sweep: Sweep) -> bool:
 
     False if there was a connection already.
     """
-    if importlib_missing("ray"):
+    if find_spec("ray") is None:
         raise UserError("Ray is not installed: pip install 'bootvit[ray]'")
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # Tune reads it when it is imported
     import ray

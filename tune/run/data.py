@@ -10,7 +10,7 @@ from bootvit.config import Config, DataConfig
 from bootvit.data import open_splits
 from bootvit.errors import UserError
 from bootvit.loop import check_evaluable
-from bootvit.models.zoo import check_batches
+from bootvit.models.checks import check_batches
 from bootvit.weights import check_weights
 from tune.spec.schema import Sweep
 from tune.tell.dry_run import Planned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +14,6 @@ from bootvit.config import Config, override
 from bootvit.errors import UserError
 from bootvit.runs import claim
 from bootvit.tracking import check_tracking
-from bootvit.train import importlib_missing
 from tune.decide.budget import Budget, Spent
 from tune.decide.conductor import Conductor
 from tune.decide.log import ENDED, Log, Trial, read_events
@@ -23,8 +23,8 @@ from tune.run.capacity import Room, actor_resources, check_resources, start_ray
 from tune.run.copying import copy_member
 from tune.run.data import check_data, plan
 from tune.run.folder import check_folder, check_place, claim_folder, read_state
+from tune.run.job import Job
 from tune.run.recording import Recording
-from tune.run.trial import Job
 from tune.run.tune_searchers import check_searcher, searcher_of
 from tune.run.winners import TEST_LOG, Tests
 from tune.spec.load import load_sweep
@@ -94,7 +94,7 @@ def checked(name: str, overrides: Sequence[str]) -> tuple[Sweep, list[Config]]:
     configs = check_space(sweep)
     check_resources(sweep)
     check_data(sweep, configs)
-    if importlib_missing("optuna") and sweep.file.algorithm == "optuna":
+    if find_spec("optuna") is None and sweep.file.algorithm == "optuna":
         raise UserError("Optuna is not installed: pip install 'bootvit[ray]'")
     check_searcher(sweep)
     return sweep, configs

@@ -8,11 +8,11 @@ from typing import Any, Literal
 
 import yaml
 
+from bootvit.addresses import is_address
 from bootvit.config import leaves, parse_yaml
 from bootvit.errors import UserError
 from bootvit.files import read_json, write_atomic
 from bootvit.runs import FREE_ON_RESUME, check_storage
-from bootvit.storage import is_address
 from tune.spec.schema import Sweep
 from tune.tell.record import asked
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,9 +13,8 @@ from bootvit.files import write_json
 from bootvit.result import Accuracy, Result, RunStatus, new_result, read_result
 from bootvit.runs import claim, take_lease
 from bootvit.tracking import SweepRun, mlflow_available, tracking_uri
-from bootvit.tracking.follow import PATIENCE_S, within
+from bootvit.tracking.follow import patience, within
 from bootvit.tracking.tags import git_commit
-from bootvit.train import importlib_missing
 from tune.decide.log import ENDED, Trial, Trials
 from tune.decide.select import is_number
 from tune.run.data import fingerprints
@@ -116,7 +116,7 @@ class Recording:
         """The end, in MLflow too; it was at `at` (seconds since 1970; None: now)."""
         self.close()
         if (parent := self._parent) is not None:
-            within(lambda: parent.finish(status, document, files, at), PATIENCE_S, parent.folder)
+            within(lambda: parent.finish(status, document, files, at), patience(parent.uri), parent.folder)
 
     def is_complete(self, document: Mapping[str, Any]) -> bool:
         """Whether MLflow has all of a finished sweep."""
@@ -126,7 +126,7 @@ class Recording:
 
     def report(self) -> list[Path]:
         """The report's files."""
-        if importlib_missing("matplotlib") or importlib_missing("sklearn"):
+        if find_spec("matplotlib") is None or find_spec("sklearn") is None:
             return []
         from bootvit.report import write_sweep_report
 

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from collections.abc import Generator
 from typing import Any
 
 from ray import tune
 
-from tune.run.trial import Job, Report, attempt
+from tune.run.job import Job, Report
 
 
 class TrialActor(tune.Trainable):  # type: ignore[misc]
     """Runs a trial, an epoch a step."""
 
-    attempt = staticmethod(attempt)
+    @staticmethod
+    def attempt(job: Job) -> Generator[Report, None, None]:
+        """The trial; only now torch is imported, which takes seconds that an actor without a trial does not need."""
+        from tune.run.trial import attempt
+
+        return attempt(job)
 
     def setup(self, config: dict[str, Any]) -> None:
         """Only take note: Tune may set an actor up for a trial that another one runs already."""
@@ -57,8 +63,7 @@ class TrialActor(tune.Trainable):  # type: ignore[misc]
 
 def release_memory() -> None:
     """Give a GPU's cached memory back to the trials beside this one."""
-    import torch
-
-    if torch.cuda.is_available():
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_available():
         gc.collect()
         torch.cuda.empty_cache()

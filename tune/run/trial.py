@@ -8,39 +8,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator
-from typing import Any, NamedTuple
 
 import ray
 
 from bootvit import checkpoint
 from bootvit.config import Config, validate
+from bootvit.driver import pick_device
 from bootvit.learner import World
-from bootvit.loop import EpochReport, TestUse, epochs
-from bootvit.result import Result, read_result
+from bootvit.loop import TestUse, epochs
+from bootvit.ray_workers import InThread, on_workers, train_worker, worker_job
+from bootvit.result import EpochReport, Result, read_result
 from bootvit.runs import RunFolder, claim, take_lease
 from bootvit.tracking import read_journal
-from bootvit.train import InThread, on_workers, pick_device, train_worker, worker_job
 from bootvit.worker_log import check_seen, worker_log
+from tune.run.job import Job, Report
 
 POLL = 0.2  # seconds between two questions to the workers
-
-
-class Report(NamedTuple):
-    """What an attempt says after every epoch; `done` once, last."""
-
-    epoch: int  # epochs completed
-    metrics: dict[str, float]  # "held_out/vit/top1": 45.8, ...; empty where this epoch was not evaluated
-    done: bool
-
-
-class Job(NamedTuple):
-    """What an attempt is to do."""
-
-    config: dict[str, Any]
-    metric: str = ""  # the journal's name of the selection metric
-    test: TestUse = "never"
-    cpus: float = 1
-    heard: int = 0  # epochs of which the driver knows
 
 
 def attempt(job: Job) -> Generator[Report, None, None]:

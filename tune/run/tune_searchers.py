@@ -9,10 +9,10 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 from bootvit.errors import RunFailed, UserError
-from bootvit.train import importlib_missing
 from tune.decide.log import Trial
 from tune.decide.search import MakeSearcher
 from tune.decide.select import summary
@@ -31,7 +31,7 @@ def searcher_of(sweep: Sweep) -> MakeSearcher | None:
 def check_searcher(sweep: Sweep) -> None:
     """Make one, to see whether it can be had; `UserError` if it cannot."""
     if searcher_of(sweep) is not None:
-        if importlib_missing("ray"):
+        if find_spec("ray") is None:
             raise UserError("Ray is not installed: pip install 'bootvit[ray]'")
         make_searcher(sweep, 0)
 

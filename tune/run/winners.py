@@ -12,8 +12,8 @@ from tune.decide.log import ENDED, Log, Trial, Trials
 from tune.decide.stopping import Stopper
 from tune.decide.winners import Chosen, plain, test_config, winners
 from tune.run.data import fingerprints
+from tune.run.job import Job
 from tune.run.recording import Recording
-from tune.run.trial import Job
 from tune.spec.schema import BudgetConfig, Sweep
 from tune.spec.space import Spec
 

@@ -12,7 +12,7 @@ from ray import tune
 from tune.decide.conductor import Conductor
 from tune.decide.log import Trial
 from tune.run.capacity import Room
-from tune.run.trial import Job
+from tune.run.job import Job
 
 MakeJob = Callable[[Trial], Job]
 

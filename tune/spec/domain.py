@@ -16,13 +16,18 @@ Number = Annotated[float, Field(allow_inf_nan=False)]
 class Domain(Section):
     """Exactly one of grid (every value is tried), choice, uniform, loguniform and randint (drawn)."""
 
-    grid: tuple[Any, ...] | None = None
-    choice: tuple[Any, ...] | None = None
-    uniform: tuple[Number, Number] | None = None
-    loguniform: tuple[Number, Number] | None = None
-    randint: tuple[int, int] | None = Field(None, description="whole numbers, both ends included")
+    read_by = ("tune/spec/domain.py", "tune/spec/space.py")
+    grid: tuple[Any, ...] | None = Field(None, description="Values that are all tried, with all of the other grids'.")
+    choice: tuple[Any, ...] | None = Field(None, description="Values of which one is drawn.")
+    uniform: tuple[Number, Number] | None = Field(None, description="The ends of a range from which a number is drawn.")
+    loguniform: tuple[Number, Number] | None = Field(
+        None, description="The ends of a range, above 0, from which a number's logarithm is drawn."
+    )
+    randint: tuple[int, int] | None = Field(
+        None, description="The ends of a range, both included, from which a whole number is drawn."
+    )
     when: dict[str, Any] = Field(
-        {}, description="the key counts only where these keys have this (or one of these) values"
+        {}, description="Values of other keys (one, or a list of several) without which this key does not count."
     )
 
     @model_validator(mode="after")

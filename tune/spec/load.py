@@ -9,6 +9,7 @@ from typing import Any
 
 from bootvit.config import (
     Config,
+    find_beside,
     find_config,
     layers,
     leaves,
@@ -109,8 +110,8 @@ def _validate(data: dict[str, Any], origin: str, origins: dict[str, str]) -> Swe
 
 def _base_path(path: Path, base: str) -> Path:
     """Where `base` of a sweep file is: beside the file that says so, else a shipped config."""
-    there = [layer.path for layer in layers(path) if "base" in layer.data][-1].parent / base
-    return there if there.is_file() else find_config(base)
+    says = [layer.path for layer in layers(path) if "base" in layer.data][-1]
+    return find_beside(says, "base", base)
 
 
 def flatten_space(space: dict[str, Any]) -> dict[str, Any]:

@@ -25,16 +25,26 @@ TUNES = ("ax", "bayesopt", "bohb", "hebo", "hyperopt", "nevergrad", "zoopt")  # 
 class SearchConfig(Section):
     """How settings are chosen."""
 
+    read_by = (
+        "tune/decide/search.py",
+        "tune/decide/population.py",
+        "tune/decide/optuna_study.py",
+        "tune/spec/space.py",
+    )
     algorithm: str | None = Field(
         None,
         description="grid, random, optuna, pbt; one of Ray Tune's searchers by its name, or its module:Class, if it "
-        "takes a seed; null: grid if every key is a grid, else random",
+        "takes a seed; null: grid if every key is a grid, else random.",
     )
-    samples: int = Field(1, ge=1, description="settings drawn for each cell of the grid; pbt: size of a population")
-    seed: int = Field(0, ge=0, lt=2**32)
-    sampler: Literal["tpe", "gp", "qmc"] = Field("tpe", description="of algorithm optuna")
-    interval: int = Field(1, ge=1, description="pbt: epochs between two exchanges")
-    quantile: float = Field(0.25, gt=0, le=0.5, description="pbt: share of members that copy a better one")
+    samples: int = Field(
+        1, ge=1, description="Settings drawn for each cell of the grid; for pbt the population's size."
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="What the drawn settings depend on.")
+    sampler: Literal["tpe", "gp", "qmc"] = Field("tpe", description="Optuna's way to suggest, for algorithm=optuna.")
+    interval: int = Field(1, ge=1, description="Epochs between two exchanges of a population, for algorithm=pbt.")
+    quantile: float = Field(
+        0.25, gt=0, le=0.5, description="Share of a population that copies a better member, for algorithm=pbt."
+    )
 
     @field_validator("algorithm")
     @classmethod
@@ -50,18 +60,26 @@ class SearchConfig(Section):
 class SchedulerConfig(Section):
     """Which running trials are stopped early; only trials of one group are compared."""
 
-    name: Literal["asha", "hyperband", "median", "none"] = "none"
-    grace_epochs: int = Field(1, ge=1, description="no trial is stopped before it has done so many epochs")
-    reduction: float = Field(3, gt=1, description="one trial in so many goes on at every rung (not of median)")
+    read_by = ("tune/decide/stopping.py",)
+    name: Literal["asha", "hyperband", "median", "none"] = Field(
+        "none", description="The rule by which poor trials are stopped early."
+    )
+    grace_epochs: int = Field(1, ge=1, description="Epochs before which no trial is stopped.")
+    reduction: float = Field(3, gt=1, description="At every rung one trial in so many goes on (not for median).")
 
 
 class SelectConfig(Section):
     """What makes a setting the best; always measured on held-out training images."""
 
+    read_by = ("tune/decide/select.py", "tune/spec/space.py")
     metric: Annotated[str, Field(pattern=METRIC)] = Field(
-        "held_out.vit.top1", description="of a trial that trains only the other network: that one's"
+        "held_out.vit.top1",
+        description="The measure, held_out.NETWORK.top1, top5 or loss; of a trial that trains only the other network, "
+        "that one's.",
     )
-    mode: Literal["max", "min"] | None = Field(None, description="null: min for a loss, else max")
+    mode: Literal["max", "min"] | None = Field(
+        None, description="Whether the largest or the smallest is the best; null: min for a loss, else max."
+    )
 
     @model_validator(mode="after")
     def _loss_is_small(self) -> Self:
@@ -78,17 +96,21 @@ class SelectConfig(Section):
 class ResourcesConfig(Section):
     """What one trial takes, all its workers together."""
 
-    cpu: Positive | None = Field(None, description="null: ray.num_workers x ray.cpus_per_worker of the base")
-    gpu: float = Field(0, ge=0, description="may be a fraction: four trials of 0.25 share a GPU")
+    read_by = ("tune/spec/schema.py", "tune/run/capacity.py")
+    cpu: Positive | None = Field(
+        None, description="CPUs of a trial; null: ray.num_workers x ray.cpus_per_worker of the base."
+    )
+    gpu: float = Field(0, ge=0, description="GPUs of a trial; four trials of 0.25 share one.")
 
 
 class BudgetConfig(Section):
     """When it is spent no new trial starts."""
 
-    trials: int | None = Field(None, ge=1)
-    hours: Positive | None = Field(None, description="wall time, over all resumptions")
-    gpu_hours: Positive | None = Field(None, description="of all trials")
-    at_end: Literal["finish", "stop"] = Field("finish", description="what running trials do when the time is spent")
+    read_by = ("tune/decide/budget.py",)
+    trials: int | None = Field(None, ge=1, description="Trials that may be begun; null: all.")
+    hours: Positive | None = Field(None, description="Hours of wall time, over all resumptions; null: no limit.")
+    gpu_hours: Positive | None = Field(None, description="Hours of all GPUs of all trials; null: no limit.")
+    at_end: Literal["finish", "stop"] = Field("finish", description="What running trials do once the time is spent.")
 
     @property
     def limited(self) -> bool:
@@ -99,30 +121,55 @@ class BudgetConfig(Section):
 class SweepFile(Section):
     """A sweep, as the file says it."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+,-]*$", max_length=100)
-    base: str
-    set: dict[str, Any] = Field({}, description="keys of the base that are other in this sweep, the same in all trials")
-    space: dict[str, tuple[Domain, ...]] = Field(description="a list of domains: the first one whose `when` holds")
+    read_by = (
+        "tune/spec/load.py",
+        "tune/spec/schema.py",
+        "tune/spec/space.py",
+        "tune/run/driver.py",
+        "tune/run/tuner.py",
+    )
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+,-]*$", max_length=100, description="The sweep's name and its folder's."
+    )
+    base: str = Field(
+        description="The config that every trial begins with: a file, relative to this one, or a shipped config's name."
+    )
+    set: dict[str, Any] = Field({}, description="Keys of the base that have another value in all trials of this sweep.")
+    space: dict[str, tuple[Domain, ...]] = Field(
+        description="The keys that are searched, each with a domain, or a list: the first whose `when` holds counts."
+    )
     search: SearchConfig = SearchConfig()
-    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] | None = Field(None, description="null: the base's seed")
+    seeds: tuple[Annotated[int, Field(ge=0, lt=2**32)], ...] | None = Field(
+        None, description="Seeds with which every setting is repeated; null: the base's seed."
+    )
     scheduler: SchedulerConfig = SchedulerConfig()
-    group_by: tuple[str, ...] | None = Field(None, description="null: data.fraction and method")
+    group_by: tuple[str, ...] | None = Field(
+        None, description="Keys whose values separate groups that never compete; null: data.fraction and method."
+    )
     select: SelectConfig = SelectConfig()
-    fidelity: Literal["data.fraction"] | None = Field(None, description="small fractions are rungs for the largest")
-    concurrency: Annotated[int, Field(ge=1)] | Literal["auto"] = "auto"
+    fidelity: Literal["data.fraction"] | None = Field(
+        None, description="The key whose small values are rungs on the way to the largest; null: none."
+    )
+    concurrency: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto", description="Trials at a time; auto: as many as the cluster has room for."
+    )
     resources: ResourcesConfig = ResourcesConfig()
     budget: BudgetConfig = BudgetConfig()
-    retries: int = Field(2, ge=0, description="of a trial that crashes, from its checkpoint")
+    retries: int = Field(2, ge=0, description="How often a trial that crashes is begun again, from its checkpoint.")
     trial_timeout: Positive | None = Field(
-        None, description="seconds; a trial that reports nothing for so long (an epoch, start-up included) has crashed"
+        None,
+        description="Seconds without a report, such as an epoch's end, after which a trial is begun again; null: none.",
     )
     callbacks: tuple[Annotated[str, Field(pattern=r"^[\w.]+:\w+$")], ...] = Field(
-        (), description="module:Class of Ray Tune's callbacks, such as ray.tune.logger:TBXLoggerCallback"
+        (), description="Callbacks of Ray Tune's as module:Class, such as ray.tune.logger:TBXLoggerCallback."
     )
     progress: Literal["lines", "table"] = Field(
-        "lines", description="on the terminal: a line a trial, or Tune's table too"
+        "lines", description="What the terminal shows: a line a trial, or Tune's table too."
     )
-    test: Literal["trial", "retrain"] = Field("trial", description="how the winners meet the test set, once")
+    test: Literal["trial", "retrain"] = Field(
+        "trial",
+        description="What of a winner meets the test set, once: the trial itself, or one trained anew on all images.",
+    )
 
     @field_serializer("set")
     def _without_secrets(self, values: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from bootvit.config import Config, merge, nest, validate, whole
 from bootvit.errors import UserError
-from bootvit.models.zoo import check_models
+from bootvit.models.checks import check_models
 from tune.spec.domain import Domain
 from tune.spec.schema import Sweep, get
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 
 from bootvit.config import Config
-from bootvit.data import Batch
+from bootvit.data.batches import Batch
 from bootvit.learner import Learner, World
 from bootvit.tracking.tags import param_text
 from cluster.capacity import trials_at_once

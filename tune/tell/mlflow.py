@@ -13,14 +13,12 @@ from bootvit.config import Config
 from bootvit.files import write_json
 from bootvit.result import read_result
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
-from bootvit.tracking.follow import CREATION_S, UPLOAD_BYTES_PER_S, wait_for
+from bootvit.tracking.follow import UPLOAD_BYTES_PER_S, patience, wait_for
 from bootvit.tracking.link import RunLink
-from bootvit.tracking.store import is_new_database
 from tune.decide.log import Trial
 
 EVERY = 2.0  # seconds between two looks at the journals
 PAUSE = 30.0  # seconds without an attempt after MLflow has failed
-PATIENCE = 30.0  # seconds at the end in which MLflow takes nothing
 ENDS: dict[str, Literal["FINISHED", "FAILED", "KILLED"]] = {
     "finished": "FINISHED",
     "stopped": "KILLED",
@@ -50,7 +48,7 @@ class Shipper:
         self._resume_at = 0.0  # after a pause
         self._answered = 0.0  # when MLflow has last taken something
         self._upload_s = 0.0  # more patience, while a trial's weights are sent
-        self._patience = PATIENCE + (CREATION_S if is_new_database(parent.uri) else 0.0)
+        self._patience = patience(parent.uri)
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 

@@ -1,0 +1,157 @@
+"""What every key of a config and of a sweep file means, generated from their schemas; `docs/config.md` is this."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import BaseModel
+
+from bootvit.config import Config, Section, section_of, suggest
+from bootvit.errors import UserError
+from tune.spec.domain import Domain
+from tune.spec.schema import SweepFile
+
+ROOT = Path(__file__).resolve().parent.parent
+REQUIRED = "required"
+DOMAIN = "space.KEY"  # in place of a searched key's name
+KINDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
+BOUNDS = {"minimum": "at least", "exclusiveMinimum": "above", "maximum": "at most", "exclusiveMaximum": "below"}
+
+
+class Key(NamedTuple):
+    """One key."""
+
+    name: str  # dotted
+    kind: str  # of its values, in words
+    default: str  # as YAML has it, or `required`
+    meaning: str
+    read_by: str  # files
+
+
+class Part(NamedTuple):
+    """A section's own keys."""
+
+    name: str  # dotted; empty for the keys outside of sections
+    meaning: str
+    read_by: tuple[str, ...]  # files
+    keys: list[Key]
+
+
+def run_parts() -> list[Part]:
+    """The keys of a run's config."""
+    return list(_parts(Config, Config(), ""))
+
+
+def sweep_parts() -> list[Part]:
+    """The keys of a sweep file, and those of the domain of a searched key."""
+    return [*_parts(SweepFile, None, ""), *_parts(Domain, None, DOMAIN)]
+
+
+def _parts(schema: type[Section], defaults: BaseModel | None, name: str) -> Iterator[Part]:
+    shapes = schema.model_json_schema()["properties"]
+    keys, below = [], []
+    for field, info in schema.model_fields.items():
+        full = f"{name}.{field}" if name else field
+        default = REQUIRED if info.is_required() else getattr(defaults, field, info.default)
+        section = section_of(schema, field)
+        if section is not None:
+            assert issubclass(section, Section)
+            below.append((section, default, full))
+            continue
+        kind = _in_words(shapes[field])
+        keys.append(Key(full, kind, _as_yaml(default), info.description or "", ", ".join(_readers(schema, field))))
+    yield Part(name, " ".join((schema.__doc__ or "").split()), schema.read_by, keys)
+    for section, default, full in below:
+        yield from _parts(section, default if isinstance(default, BaseModel) else None, full)
+
+
+def _readers(schema: type[Section], field: str) -> list[str]:
+    """Those of a section's files that name the key; all where it is named nowhere, such as `getattr(weights, term)`."""
+    named = [file for file in schema.read_by if re.search(rf"\.{field}\b", _source(file))]
+    return named or list(schema.read_by)
+
+
+@cache
+def _source(file: str) -> str:
+    return (ROOT / file).read_text(encoding="utf-8")
+
+
+def _as_yaml(value: Any) -> str:
+    return value if value == REQUIRED else json.dumps(value)
+
+
+def _in_words(shape: dict[str, Any]) -> str:
+    """A JSON schema as words: `whole number, at least 1, or null`."""
+    if "anyOf" in shape:
+        return ", or ".join(map(_in_words, shape["anyOf"]))
+    if "enum" in shape:
+        return f"one of {', '.join(shape['enum'])}"
+    if "prefixItems" in shape:
+        return f"[{'; '.join(map(_in_words, shape['prefixItems']))}]"
+    kind = shape.get("type")
+    if kind == "array":
+        return f"list of: {_in_words(shape['items'])}" if shape["items"] else "list"
+    if "const" in shape or kind == "object":
+        return str(shape.get("const", "mapping"))
+    bounds = [f"{words} {shape[word]}" for word, words in BOUNDS.items() if word in shape]
+    return ", ".join([KINDS.get(kind or "", "any value"), *bounds])
+
+
+# --------------------------------------------------------------------------------------------------- texts
+
+
+def explain(key: str | None) -> str:
+    """What `bootvit config --explain [KEY]` prints: a key, a section's keys, or all; `UserError` for an unknown one."""
+    groups = (("in a run's config", run_parts()), ("in a sweep file", sweep_parts()))
+    found = [
+        _block(one, where)
+        for where, parts in groups
+        for part in parts
+        for one in part.keys
+        if key is None or one.name == key or one.name.startswith(f"{key}.")
+    ]
+    if not found:
+        path = (key or "").split(".")
+        schema = SweepFile if path[0] in SweepFile.model_fields else Config
+        raise UserError(f"unknown key {key!r}{suggest(schema, path)}")
+    return "\n\n".join(found)
+
+
+def _block(key: Key, where: str) -> str:
+    default = key.default if key.default == REQUIRED else f"default: {key.default}"
+    return f"{key.name}  ({where})\n  {key.meaning}\n  {key.kind}; {default}\n  read by {key.read_by}"
+
+
+def markdown() -> str:
+    """`docs/config.md`."""
+    lines = [
+        "# Every key",
+        "",
+        "Generated by `bootvit config --explain --markdown > docs/config.md`; `bootvit config --explain KEY` prints",
+        "a part of it. A config holds only what differs from the defaults, and may extend others (`extends:`, files or",
+        "shipped names). Any key can be given on the command line as `KEY=VALUE`.",
+    ]
+    for title, parts in (("Configs of runs", run_parts()), ("Sweep files", sweep_parts())):
+        lines += ["", f"## {title}"]
+        for part in parts:
+            if part.keys:
+                lines += [
+                    "",
+                    f"### {part.name}" if part.name else f"### {title}: top level",
+                    "",
+                    part.meaning,
+                ]
+                lines += [f"Read by {', '.join(f'`{file}`' for file in part.read_by)}.", ""]
+                lines += ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
+                lines += map(_row, part.keys)
+    return "\n".join(lines) + "\n"
+
+
+def _row(key: Key) -> str:
+    default = key.default if key.default == REQUIRED else f"`{key.default}`"
+    return f"| `{key.name}` | {key.kind} | {default} | {key.meaning} |"
