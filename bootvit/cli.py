@@ -85,7 +85,9 @@ Overrides = Annotated[
         "(bootvit config --explain lists the keys)",
     ),
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name below ./runs")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run's folder, its name below ./runs, or s3://BUCKET/FOLDER/NAME")
+]
 Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
 Best = Annotated[bool, typer.Option("--best", help="the checkpoint that checkpoint.best has kept, not the newest")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
@@ -162,8 +164,8 @@ def evaluate(
     from bootvit.load import change_config
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
-    found = score(change_config(config, overrides or [], EVAL_KEYS), folder.path, local=local, best=best)
+    config, folder = open_run(run, "best" if best else "newest")
+    found = score(change_config(config, overrides or [], EVAL_KEYS), folder, local=local, best=best)
     for where, reason in found.skipped.items():
         typer.echo(f"bootvit: left out: {where}: {reason}", err=True)
     if as_json:
@@ -191,7 +193,7 @@ def predict(
     from bootvit.predict import predict as guess
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
+    config, folder = open_run(run, "best" if best else "newest")
     rows = []
     failed = False
     for row in guess(config, folder.path, images, top, best=best):
@@ -223,7 +225,7 @@ def logs(
     from bootvit.runs import open_run
     from bootvit.worker_log import read_logs
 
-    for line in read_logs(open_run(run)[1].path, rank, attempt):
+    for line in read_logs(open_run(run)[1], rank, attempt):
         typer.echo(line)
 
 
@@ -280,7 +282,10 @@ def list_configs(
 
 @app.command()
 def report(
-    folders: Annotated[Optional[list[Path]], typer.Argument(metavar="[FOLDER]...")] = None,  # noqa: UP045
+    folders: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[FOLDER]...", help="or s3://BUCKET/FOLDER; default: ./runs"),
+    ] = None,
     experiment: Annotated[Optional[str], typer.Option(help="read this MLflow experiment instead")] = None,  # noqa: UP045
     sweep: Annotated[str | None, typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,
     out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045
@@ -386,7 +391,7 @@ def track_sync(run: RunName, overrides: Overrides = None) -> None:
     from bootvit.runs import open_run
     from bootvit.tracking.sync import sync_run
 
-    config, folder = open_run(run)
+    config, folder = open_run(run, "all")
     typer.echo(sync_run(change_config(config, overrides or [], ("tracking.",)), folder))
 
 
@@ -544,8 +549,9 @@ def export(
     from bootvit.export import export as write
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
-    typer.echo(write(config, folder.path, form, network=network, out=out, best=best))
+    config, folder = open_run(run, "best" if best else "newest")
+    made = write(config, folder.path, form, network=network, out=out, best=best)
+    typer.echo(made if out else folder.keep_export(made))
 
 
 @app.command()
