@@ -1,6 +1,9 @@
 """Kill short runs at random moments, start them again until they end, and compare them with uninterrupted ones.
 
-    python -m benchmarks.kills --kills 100 [--seed 0] [--out FILE]
+    python -m benchmarks.kills --kills 100 [--seed 0] [--address s3://BUCKET/FOLDER] [--out FILE]
+
+With `--address` the runs are in an object store (such as `moto_server`, with AWS_ENDPOINT_URL set and the bucket made),
+and after every other kill the next process finds nothing of the run on its disk, as on another machine.
 
 Each run is a process of its own (a fork of this one, which has imported everything) and is ended with SIGKILL. What
 must hold afterwards: the final weights and moments are bitwise those of the uninterrupted run, the journal has each
@@ -13,6 +16,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import signal
 import sys
 import tempfile
@@ -27,7 +31,9 @@ import torch
 
 from bootvit import checkpoint
 from bootvit.__main__ import main as bootvit
+from bootvit.errors import UserError
 from bootvit.files import write_json
+from bootvit.runs import open_run
 from bootvit.tracking import read_journal, source_version
 
 EVERY = 3  # steps between checkpoints
@@ -107,12 +113,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--address", help="an empty folder in an object store")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     dice = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as folder:
-        report = kill_runs(Path(folder), given.kills, dice)
+        os.environ["BOOTVIT_CACHE"] = f"{folder}/cache"
+        report = kill_runs(Path(folder), given.address, given.kills, dice)
     report |= {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": source_version(),
@@ -125,10 +133,30 @@ def main() -> None:
     raise SystemExit(1 if report["wrong"] else 0)
 
 
-def kill_runs(folder: Path, kills: int, dice: random.Random) -> dict[str, Any]:
+def here(folder: Path, address: str | None, name: str) -> Path:
+    """A run's folder; of one in a store a copy, which a process of its own gets: forks and S3's threads do not mix."""
+    if address is None:
+        return folder / name
+    copy = folder / "copies" / name
+    shutil.rmtree(copy, ignore_errors=True)
+    child = os.fork()
+    if not child:
+        status = 1
+        try:
+            shutil.copytree(open_run(f"{address}/{name}", "all")[1].path, copy)
+            status = 0
+        except UserError as err:  # killed before there was a run
+            status = 0 if "no run is there" in str(err) else 1
+        finally:
+            os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0, name
+    return copy
+
+
+def kill_runs(folder: Path, address: str | None, kills: int, dice: random.Random) -> dict[str, Any]:
     """Kill at least so many processes, over runs of every kind."""
     names, log = list(RUNS), folder / "log"
-    base = ["train", "digits/joint", "--local", f"ray.storage_path={folder}", *TINY]
+    base = ["train", "digits/joint", "--local", f"ray.storage_path={address or folder}", *TINY]
     seconds: dict[str, float] = {}
     for name in names:
         began = time.monotonic()
@@ -140,10 +168,9 @@ def kill_runs(folder: Path, kills: int, dice: random.Random) -> dict[str, Any]:
     wrong: list[str] = []
     while done < kills:
         kind = names[runs % len(names)]
-        run = folder / f"killed-{runs}"
-        newest = 0
+        run, newest = f"killed-{runs}", 0
         while True:
-            child = start([*base, *RUNS[kind], f"name={run.name}", "--resume"], log)
+            child = start([*base, *RUNS[kind], f"name={run}", "--resume"], log)
             until = time.monotonic() + dice.uniform(0, seconds[kind])
             ended, status = 0, 0
             while not ended and time.monotonic() < until:
@@ -151,20 +178,24 @@ def kill_runs(folder: Path, kills: int, dice: random.Random) -> dict[str, Any]:
                 time.sleep(0.002)
             if ended:
                 if status:
-                    wrong.append(f"{run.name} ({kind}): status {status}: {log.read_text()[-500:]}")
+                    wrong.append(f"{run} ({kind}): status {status}: {log.read_text()[-500:]}")
                 break
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             done += 1
-            newest, beyond = lost(run, newest)
+            newest, beyond = lost(here(folder, address, run), newest)
             steps_lost.append(beyond)
+            if address and done % 2:
+                shutil.rmtree(folder / "cache", ignore_errors=True)
         if not wrong:
-            wrong += [f"{run.name} ({kind}): {what}" for what in check(run, folder / f"whole-{names.index(kind)}")]
+            whole = here(folder, address, f"whole-{names.index(kind)}")
+            wrong += [f"{run} ({kind}): {what}" for what in check(here(folder, address, run), whole)]
         runs += 1
     return {
         "kills": done,
         "runs": runs,
         "every_steps": EVERY,
+        "kept_in": "an object store" if address else "a folder",
         "most_steps_lost": max(steps_lost),
         "wrong": wrong,
     }

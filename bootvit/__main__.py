@@ -11,7 +11,7 @@ os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")
 os.environ.setdefault("RAY_DISABLE_FAILURE_SIGNAL_HANDLER", "1")
 
 INTERRUPTED = 130
-WORKS = ("train", "sweep", "report", "import", "export", "data pack")  # they do more than print
+WORKS = ("train", "sweep", "report", "import", "export", "data pack", "rm")  # they do more than print
 
 
 def main(argv: Sequence[str] | None = None) -> int:

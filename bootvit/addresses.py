@@ -16,7 +16,15 @@ SPACED = re.compile(r"(?<!sqlite)(?<!file)://((?!: |; )[^'\"\n])*@")  # and blan
 NO_SCHEME = re.compile(r"(?<![^\s'\"=(])[^\s'\"=:/(@]+:(?!/)\S*@")  # user:password@host
 QUERY = re.compile(r"(?<!sqlite)(?<!file)(://[^\s'\"?]*\?)([^\s'\"]+?)(?=[:;,.)]*(?:[\s'\"]|$))")
 ADDRESS = re.compile(r"(?!sqlite:|file:)[A-Za-z][\w+.-]*:/+")
-STORES = ("s3", "gs", "gcs", "abfs", "abfss", "hdfs", "viewfs")  # schemes of the object stores that data lie in
+STORES = (
+    "s3",
+    "gs",
+    "gcs",
+    "abfs",
+    "abfss",
+    "hdfs",
+    "viewfs",
+)  # schemes of object stores
 PARAMETER = re.compile(r"([^&;=]+)(=?)([^&;]*)")
 
 
@@ -72,11 +80,26 @@ def _masked(query: str) -> str:
     return PARAMETER.sub(mask, query)
 
 
-# ------------------------------------------------------------------------------------------- of a data set
+# ---------------------------------------------------------------------------------------- of object stores
+
+
+def is_address(place: str) -> bool:
+    """Whether a text is an address, not a path."""
+    return "://" in place
 
 
 def wrong_with(address: str, source: str) -> str | None:
     """Why an address cannot be a data set's `root`, without its secrets; None if it may be one."""
+    if (wrong := wrong_address(address)) or source == "parquet":
+        return wrong
+    return (
+        f"data.source={source} needs a folder: from an object store Parquet files are read (data.source=parquet), "
+        "which `bootvit data pack` makes of any source"
+    )
+
+
+def wrong_address(address: str) -> str | None:
+    """Why a text is no address of a folder in an object store, without its secrets; None if it is one."""
     scheme, separator, rest = address.partition("://")
     if not separator or scheme.lower() not in STORES:
         known = ", ".join(f"{name}://" for name in STORES)
@@ -85,14 +108,7 @@ def wrong_with(address: str, source: str) -> str | None:
         return f"write {scheme.lower()}://"
     if not re.match(r"[^/?]", rest):
         return f"it names no bucket or host: expected {scheme}://BUCKET/FOLDER"
-    if has_secret(address):
-        return _secret_in(address, scheme)
-    if source != "parquet":
-        return (
-            f"data.source={source} needs a folder: from an object store Parquet files are read (data.source=parquet), "
-            "which `bootvit data pack` makes of any source"
-        )
-    return None
+    return _secret_in(address, scheme) if has_secret(address) else None
 
 
 def _secret_in(address: str, scheme: str) -> str:

@@ -35,7 +35,8 @@ from bootvit.evaluate import EVAL_KEYS, evaluate, read_checkpoint
 from bootvit.learner import Networks
 from bootvit.predict import predict, predict_images
 from bootvit.result import Result, read_result
-from bootvit.runs import RunFolder, open_run
+from bootvit.runs import fetch_weights, found_run, open_run, place_of
+from bootvit.storage import Place
 from bootvit.tracking import read_journal
 
 if TYPE_CHECKING:
@@ -72,12 +73,12 @@ def train(
     else:
         checked = load_config(config, overrides)
     run_training(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over)
-    return Run(checked.run_dir)
+    return Run(place_of(checked))
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
-    """A run by its folder, or by its name below ./runs; `UserError` where there is none."""
-    return Run(open_run(os.fspath(path))[1].path)
+    """A run by its folder or its address, or by its name below ./runs; `UserError` where there is none."""
+    return Run(open_run(os.fspath(path))[1].place)
 
 
 def sweep(name: str | os.PathLike[str], overrides: Overrides = (), **how: Any) -> ResultGrid:
@@ -90,11 +91,12 @@ def sweep(name: str | os.PathLike[str], overrides: Overrides = (), **how: Any) -
 class Run:
     """A run's folder, and what can be done with it. What is read of it is kept: load the run again for news."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, place: Place) -> None:
+        self.folder = found_run(place)
+        self.path = self.folder.path  # of a run in an object store a copy, for as long as this process lives
 
     def __repr__(self) -> str:
-        return f"Run({str(self.path)!r})"
+        return f"Run({str(self.folder)!r})"
 
     @cached_property
     def config(self) -> Config:
@@ -104,9 +106,9 @@ class Run:
     @cached_property
     def result(self) -> Result:
         """How it ended, accuracies in percent; `UserError` for a run that has not ended."""
-        path = RunFolder(self.path).result
+        path = self.folder.result
         if not path.exists():
-            raise UserError(f"{self.path}: the run has not ended: there is no {path.name}")
+            raise UserError(f"{self.folder}: the run has not ended: there is no {path.name}")
         return read_result(path)
 
     @cached_property
@@ -116,7 +118,7 @@ class Run:
         `run.metrics.to_pandas()` where pandas is installed. Names are as in `test/vit/top1` (percent) and
         `train/vit/loss`.
         """
-        records = read_journal(RunFolder(self.path).journal)[0]
+        records = read_journal(self.folder.journal)[0]
         columns = zip(*records, strict=True) if records else ([],) * 5
         kinds = (pa.int64(), pa.int64(), pa.string(), pa.float64(), pa.float64())
         names = ("step", "epoch", "name", "value", "time")
@@ -125,6 +127,7 @@ class Run:
     @cached_property
     def data(self) -> DataFacts:
         """Its class names, and how an evaluation image is prepared."""
+        fetch_weights(self.folder, "newest")
         return DataFacts.from_dict(read_checkpoint(self.path)["data"])
 
     @cached_property
@@ -137,6 +140,7 @@ class Run:
         """
         from bootvit.export import Classifier
 
+        fetch_weights(self.folder, "newest")
         state = read_checkpoint(self.path)
         networks = Networks(self.config, len(self.data.classes))
         networks.load_state_dict(state["learner"]["networks"])
@@ -153,6 +157,7 @@ class Run:
         An image is a file, a PIL image, or an array (rows, columns, 3) of uint8, RGB, of any size: it is prepared as
         in the evaluation. Raises `UserError` for one that cannot be read.
         """
+        fetch_weights(self.folder, "best" if best else "newest")
         given = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
         if all(isinstance(one, str | os.PathLike) for one in given):
             rows = predict(self.config, self.path, [Path(one) for one in given], top, best=best)  # type: ignore[arg-type]
@@ -176,7 +181,8 @@ class Run:
         `bootvit eval` takes. Classes are matched by name.
         """
         config = load.change_config(self.config, as_texts(data), EVAL_KEYS)
-        return evaluate(config, self.path, local=local, best=best).counts
+        fetch_weights(self.folder, "best" if best else "newest")
+        return evaluate(config, self.folder, local=local, best=best).counts
 
 
 def in_memory(image: Picture) -> Image.Image:

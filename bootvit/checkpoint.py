@@ -82,6 +82,15 @@ def is_checkpoint(path: Path) -> bool:
         raise UserError(f"{path}: not a readable safetensors file: {err}") from err
 
 
+def data_of(saved: Saved) -> dict[str, Any] | None:
+    """What a checkpoint knows of the run's data, without reading its weights; None if it is gone."""
+    try:
+        with safetensors.safe_open(saved.path, "pt") as file:
+            return dict(json.loads(file.metadata()[KEY])["data"])
+    except FileNotFoundError:
+        return None
+
+
 def _replace(node: Any, of: Callable[[str, Tensor], Any], name: str = "") -> Any:
     if isinstance(node, Tensor):
         return of(name, node)

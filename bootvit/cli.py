@@ -85,7 +85,9 @@ Overrides = Annotated[
         "(bootvit config --explain lists the keys)",
     ),
 ]
-RunName = Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, or its name below ./runs")]
+RunName = Annotated[
+    str, typer.Argument(metavar="RUN", help="a run's folder, its name below ./runs, or s3://BUCKET/FOLDER/NAME")
+]
 Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
 Best = Annotated[bool, typer.Option("--best", help="the checkpoint that checkpoint.best has kept, not the newest")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
@@ -120,10 +122,11 @@ def train(
     """
     from bootvit.driver import train as run
     from bootvit.load import load_config
-    from bootvit.progress import print_result
+    from bootvit.progress import print_result, what_next
 
     checked = load_config(config, overrides or [])
     print_result(run(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over))
+    typer.echo(what_next(checked))
 
 
 @app.command()
@@ -161,8 +164,8 @@ def evaluate(
     from bootvit.load import change_config
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
-    found = score(change_config(config, overrides or [], EVAL_KEYS), folder.path, local=local, best=best)
+    config, folder = open_run(run, "best" if best else "newest")
+    found = score(change_config(config, overrides or [], EVAL_KEYS), folder, local=local, best=best)
     for where, reason in found.skipped.items():
         typer.echo(f"bootvit: left out: {where}: {reason}", err=True)
     if as_json:
@@ -190,7 +193,7 @@ def predict(
     from bootvit.predict import predict as guess
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
+    config, folder = open_run(run, "best" if best else "newest")
     rows = []
     failed = False
     for row in guess(config, folder.path, images, top, best=best):
@@ -222,7 +225,7 @@ def logs(
     from bootvit.runs import open_run
     from bootvit.worker_log import read_logs
 
-    for line in read_logs(open_run(run)[1].path, rank, attempt):
+    for line in read_logs(open_run(run)[1], rank, attempt):
         typer.echo(line)
 
 
@@ -279,7 +282,10 @@ def list_configs(
 
 @app.command()
 def report(
-    folders: Annotated[Optional[list[Path]], typer.Argument(metavar="[FOLDER]...")] = None,  # noqa: UP045
+    folders: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Argument(metavar="[FOLDER]...", help="or s3://BUCKET/FOLDER; default: ./runs"),
+    ] = None,
     experiment: Annotated[Optional[str], typer.Option(help="read this MLflow experiment instead")] = None,  # noqa: UP045
     sweep: Annotated[str | None, typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,
     out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045
@@ -296,6 +302,83 @@ def report(
     command(folders or [], experiment=experiment, sweep=sweep, out=out, as_json=as_json)
 
 
+@app.command("list")
+def list_runs(
+    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs lie")] = Path("runs"),
+    trials: Annotated[bool, typer.Option("--trials", help="the trials of sweeps too")] = False,
+    as_json: Json = False,
+) -> None:
+    """The runs and sweeps below a folder, the newest last.
+
+    Example: bootvit list
+
+    Next: bootvit show RUN; bootvit compare RUN RUN
+    """
+    from bootvit import manage
+
+    found = manage.list_runs(folder, trials=trials)
+    if as_json:
+        print_json([one._asdict() for one in found])
+    else:
+        typer.echo(manage.table(found))
+
+
+@app.command()
+def show(run: RunName, as_json: Json = False) -> None:
+    """What a run is and how it went.
+
+    Example: bootvit show digits-joint
+
+    Next: bootvit eval RUN --local; bootvit config runs/digits-joint/config.yaml
+    """
+    from bootvit.manage import columns, in_short, show_run
+
+    facts = show_run(run)
+    if as_json:
+        print_json(facts)
+        return
+    typer.echo(columns([(key, in_short(value)) for key, value in facts.items()]))
+
+
+@app.command()
+def compare(first: RunName, second: RunName, as_json: Json = False) -> None:
+    """What differs between two runs: keys of their configs, and results.
+
+    Example: bootvit compare digits-joint digits-shared
+
+    Next: bootvit report
+    """
+    from bootvit.manage import columns, compare_runs, in_short
+
+    found = compare_runs(first, second)
+    if as_json:
+        print_json(found)
+        return
+    rows = [(key, *map(in_short, values)) for key, values in found.items()]
+    typer.echo(columns([("", first, second), *rows]))
+
+
+@app.command("rm")
+def remove(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="folders of runs, or names below ./runs")],
+    yes: Annotated[bool, typer.Option("--yes", "-y", help="do not ask")] = False,
+) -> None:
+    """Delete runs: checkpoints, journal and result. MLflow keeps what it has. One that is being trained is refused.
+
+    Example: bootvit rm digits-joint --yes
+
+    Next: bootvit list
+    """
+    import shutil
+
+    from bootvit.manage import removable
+
+    for path in [removable(run) for run in runs]:
+        if yes or typer.confirm(f"delete {path}?"):
+            shutil.rmtree(path)
+            typer.echo(f"deleted {path}")
+
+
 @track_app.command("sync")
 def track_sync(run: RunName, overrides: Overrides = None) -> None:
     """Send MLflow what it has not got of a run, such as when its server was down; only tracking.* may be changed.
@@ -308,7 +391,7 @@ def track_sync(run: RunName, overrides: Overrides = None) -> None:
     from bootvit.runs import open_run
     from bootvit.tracking.sync import sync_run
 
-    config, folder = open_run(run)
+    config, folder = open_run(run, "all")
     typer.echo(sync_run(change_config(config, overrides or [], ("tracking.",)), folder))
 
 
@@ -466,8 +549,9 @@ def export(
     from bootvit.export import export as write
     from bootvit.runs import open_run
 
-    config, folder = open_run(run)
-    typer.echo(write(config, folder.path, form, network=network, out=out, best=best))
+    config, folder = open_run(run, "best" if best else "newest")
+    made = write(config, folder.path, form, network=network, out=out, best=best)
+    typer.echo(made if out else folder.keep_export(made))
 
 
 @app.command()

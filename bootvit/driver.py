@@ -25,11 +25,20 @@ from bootvit.learner import World
 from bootvit.load import load_config
 from bootvit.loop import TestUse, check_evaluable, fit
 from bootvit.models.checks import check_batches
-from bootvit.progress import follow_progress
+from bootvit.progress import follow_progress, opening, run_steps
 from bootvit.ray_connection import start_ray
 from bootvit.ray_workers import run_under_ray
 from bootvit.result import EpochReport, Result, RunStatus, new_result, read_result
-from bootvit.runs import RunFolder, check_same_data, check_storage, claim
+from bootvit.runs import (
+    RunFolder,
+    check_same_data,
+    check_storage,
+    claim,
+    fetch_weights,
+    found_run,
+    place_of,
+    run_state,
+)
 from bootvit.tracking import Follower, MlflowRun, check_tracking, mlflow_available, run_tags, source_version
 from bootvit.weights import check_weights
 
@@ -51,20 +60,25 @@ def train(
         check_nodes(places_of(config))
     run = run_local if local else run_under_ray
     if (resume or overwrite) and not take_over:
-        check_nobody_writes(config.run_dir)
+        check_nobody_writes(place_of(config))
     folder, state = claim(config, resume=resume, overwrite=overwrite)
     if state == "finished":
-        print(f"{folder.path} is finished; nothing to do")
+        print(f"{folder} is finished; nothing to do")
         was = override(load_config(str(folder.config)), {"tracking": whole(config.tracking)})
         if (tracked := open_tracking(was, folder, splits)) is not None:
+            fetch_weights(folder, "all")
             tracked.sync()  # what a server that was down has not got yet
+            folder.publish("mlflow.json")
         return read_result(folder.result)
     warn_of_idle_keys(config, splits, local=local)
     for note in splits.notes:
         print(f"note: {note}", flush=True)
-    with Heartbeat(folder.path), following(config, folder, splits) as follower:
-        result = finish(config, folder, splits, lambda: run(config, folder), follower)
-    return result
+    print(opening(config, splits, pick_device(config.ray.use_gpu) if local else None), flush=True)
+    try:
+        with Heartbeat(folder.place), following(config, folder, splits) as follower:
+            return finish(config, folder, splits, lambda: run(config, folder), follower)
+    finally:
+        folder.leave()
 
 
 def check(config: Config, *, local: bool, resume: bool) -> DataSplits:
@@ -76,9 +90,10 @@ def check(config: Config, *, local: bool, resume: bool) -> DataSplits:
     splits = open_splits(config.data)
     check_evaluable(config, splits)
     check_batches(config, len(splits.train))
-    if resume:
-        check_same_data(config, facts_of(splits, config))
-    if not (resume and checkpoint.described(config.run_dir / "checkpoints")):
+    there = found_run(place_of(config)) if resume and run_state(place_of(config)) != "absent" else None
+    if there is not None:
+        check_same_data(there, facts_of(splits, config))
+    if there is None or not checkpoint.described(there.checkpoints):
         for note in check_weights(config, splits.classes):
             print(f"bootvit: {note}", file=sys.stderr)
     return splits
@@ -102,10 +117,9 @@ def finish(
     except BaseException as err:
         status = ends.get(type(err), "failed")
         if status == "interrupted" or isinstance(err, OSError):
-            print(f"{folder.path}: the same command with --resume goes on", file=sys.stderr)
-        record(
-            folder, unfinished(config, splits, status, err), "KILLED" if status == "interrupted" else "FAILED", follower
-        )
+            print(f"{folder}: the same command with --resume goes on", file=sys.stderr)
+        known = unfinished(config, folder, splits, status, err)
+        record(folder, known, "KILLED" if status == "interrupted" else "FAILED", follower)
         raise
     return record(folder, result, "FINISHED", follower)
 
@@ -120,22 +134,38 @@ def record(
     ended = time.time()
     result = result | {"git": source_version(), "mlflow_run_id": None}
     folder.write_result(result)
+    publish(folder, status, "result.json")
     if follower is None:
         return result
     run_id = follower.run_id()
     if run_id is not None:
         result |= {"mlflow_run_id": run_id}
         folder.write_result(result)
+        publish(folder, status, "mlflow.json", "result.json")
     follower.finish(status, result, ended)
+    publish(folder, status, "mlflow.json")
     return result
 
 
-def unfinished(config: Config, splits: DataSplits, status: RunStatus, err: BaseException) -> Result:
+def publish(folder: RunFolder, status: str, *names: str) -> None:
+    """Put these into the store that a run is in; where it has not finished, why it has not is what is to be said."""
+    try:
+        for name in names:
+            folder.publish(name)
+    except (RunFailed, UserError) as err:
+        if folder.hold is not None:
+            folder.hold.unsent = True
+        if status == "FINISHED":
+            raise RunFailed(f"{err}; all of the run is in {folder.path} on this machine") from err
+        print(f"bootvit: warning: {err}", file=sys.stderr)
+
+
+def unfinished(config: Config, folder: RunFolder, splits: DataSplits, status: RunStatus, err: BaseException) -> Result:
     """What is known of a run that did not finish."""
     return new_result(
         config,
         status,
-        max((s.epoch for s in checkpoint.described(config.run_dir / "checkpoints")), default=0),
+        max((s.epoch for s in checkpoint.described(folder.checkpoints)), default=0),
         reason=public(str(err)) or type(err).__name__,
         fingerprint=splits.fingerprint,
         digest=splits.train.digest,
@@ -150,7 +180,9 @@ def open_tracking(config: Config, folder: RunFolder, splits: DataSplits) -> Mlfl
         print("bootvit: MLflow is not installed: this run is only in its folder", file=sys.stderr)
         return None
     tags = run_tags(config, data_fingerprint=splits.fingerprint, subset_digest=splits.train.digest)
-    return MlflowRun(config, folder.path, tags=tags)
+    tracked = MlflowRun(config, folder.path, tags=tags)
+    folder.publish("mlflow.json")  # with our key, before MLflow hears of it: a second run is never made
+    return tracked
 
 
 @contextmanager
@@ -159,7 +191,9 @@ def following(config: Config, folder: RunFolder, splits: DataSplits) -> Iterator
     tracked = open_tracking(config, folder, splits)
     follower = Follower(tracked) if tracked is not None else None
     stop = threading.Event()
-    progress = threading.Thread(target=follow_progress, args=(config, folder, stop), daemon=True)
+    progress = threading.Thread(
+        target=follow_progress, args=(config, folder, stop, run_steps(config, splits)), daemon=True
+    )
     progress.start()
     try:
         yield follower
@@ -182,7 +216,8 @@ def run_local(
 ) -> Result:
     """The loop in this process: no Ray, no process group."""
     world = World(0, 1, pick_device(config.ray.use_gpu))
-    return fit(config, world, folder, test=test, on_epoch=on_epoch)
+    with folder.sent():
+        return fit(config, world, folder, test=test, on_epoch=on_epoch)
 
 
 def pick_device(use_gpu: bool | None) -> torch.device:

@@ -15,6 +15,8 @@ from bootvit.learner import Counts, Learner, World
 from bootvit.loop import check_evaluable, of_all_workers
 from bootvit.ray_connection import start_ray
 from bootvit.ray_workers import on_workers, ray_world
+from bootvit.runs import RunFolder, fetch_weights, found_run
+from bootvit.storage import place_at
 from bootvit.weights import newest_state
 
 # what an evaluation may change: which images it counts, how fast and how precisely; the rest is the run's
@@ -47,21 +49,22 @@ def read_checkpoint(run_dir: Path, *, best: bool = False) -> dict[str, Any]:
     return state
 
 
-def evaluate(config: Config, run_dir: Path, *, local: bool, best: bool = False) -> Evaluation:
+def evaluate(config: Config, folder: RunFolder, *, local: bool, best: bool = False) -> Evaluation:
     """Exact counts of every network of the run on its test set (its held-out part where there is none).
 
     Images are prepared as the run says; on another data set classes are matched by their names.
     """
-    open_for(config, DataFacts.from_dict(read_checkpoint(run_dir, best=best)["data"]))
+    open_for(config, DataFacts.from_dict(read_checkpoint(folder.path, best=best)["data"]))
     if local:
-        return evaluate_here(config, run_dir, World(0, 1, pick_device(config.ray.use_gpu)), best=best)
+        return evaluate_here(config, folder.path, World(0, 1, pick_device(config.ray.use_gpu)), best=best)
     start_ray(config)
     from cluster.probe import check_nodes, reads
 
     root = config.data.root
     data = [] if root is None or "://" in root else [reads(f"data.root={root}", Path(root))]
-    check_nodes([reads(str(run_dir), run_dir / "config.yaml"), *data])
-    job = {"config": whole(config), "run_dir": str(run_dir), "best": best}
+    run = [] if folder.store else [reads(str(folder), folder.config)]  # a store's answer is a worker's
+    check_nodes([*run, *data])
+    job = {"config": whole(config), "run": folder.address, "best": best}
     return Evaluation(*on_workers(config, eval_worker, job))
 
 
@@ -102,5 +105,6 @@ def document(counts: Counts) -> dict[str, float | int]:
 
 def eval_worker(job: dict[str, Any]) -> tuple[Any, ...]:
     """One worker of Ray Train."""
-    config = validate(Config, job["config"], "job")
-    return tuple(evaluate_here(config, Path(job["run_dir"]), ray_world(config), best=job["best"]))
+    config, folder = validate(Config, job["config"], "job"), found_run(place_at(job["run"]))
+    fetch_weights(folder, "best" if job["best"] else "newest")
+    return tuple(evaluate_here(config, folder.path, ray_world(config), best=job["best"]))

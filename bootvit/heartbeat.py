@@ -1,30 +1,32 @@
-"""Whether somebody trains a run: `alive.json` in its folder, which its driver rewrites every few seconds.
+"""Whether somebody trains a run: `alive.json` beside it, which its driver rewrites every few seconds.
 
 No two machines need the same clock: a run is alive if its beat changes while somebody looks.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
-from bootvit.errors import UserError
-from bootvit.files import read_json, write_json
+from bootvit.errors import RunFailed, UserError
+from bootvit.storage import Place, Store, delete_at, read_at, write_at
 
 EVERY = 5.0  # seconds between two beats
+FILE = "alive.json"
 LOOK = 2.5 * EVERY  # seconds that somebody who would take over looks for a beat
 
 
 class Heartbeat:
     """Beats while it is entered; what is left behind by a killed process does not change any more."""
 
-    def __init__(self, folder: Path, every: float = EVERY) -> None:
-        self._path, self._every = folder / "alive.json", every
+    def __init__(self, place: Place, every: float = EVERY) -> None:
+        self._place, self._every = place, every
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="heartbeat", daemon=True)
 
@@ -38,7 +40,8 @@ class Heartbeat:
     ) -> None:
         self._end.set()
         self._thread.join()
-        self._path.unlink(missing_ok=True)
+        with suppress(*((RunFailed, UserError) if isinstance(self._place, Store) else ())):
+            delete_at(self._place, FILE)
 
     def _beat(self) -> None:
         number = 0
@@ -46,44 +49,43 @@ class Heartbeat:
             number += 1
             try:
                 self._write(number)
-            except OSError:  # a full disk ends the run where it writes what it needs
+            except (OSError, RunFailed, UserError):  # a full disk, or a store, ends the run where it is needed
                 continue
 
     def _write(self, number: int) -> None:
-        write_json(self._path, {"beat": number, "host": socket.gethostname(), "pid": os.getpid()})
+        beat = {"beat": number, "host": socket.gethostname(), "pid": os.getpid()}
+        write_at(self._place, FILE, f"{json.dumps(beat)}\n".encode())
 
 
-def check_nobody_writes(folder: Path, look: float = LOOK) -> None:
+def check_nobody_writes(place: Place, look: float = LOOK) -> None:
     """Raise `UserError` for a run that another process is training.
 
     Looks for a while if the process that trained it last may be alive: it is on another machine, or its number is
     taken.
     """
-    last = beat_of(folder)
+    last = beat_of(place)
     if last is None or (last["host"] == socket.gethostname() and not is_running(last["pid"])):
         return
     until = time.monotonic() + look
     while time.monotonic() < until:
         time.sleep(0.2)
-        now = beat_of(folder)
+        now = beat_of(place)
         if now is None:
             return
         if now != last:
             raise UserError(
-                f"{folder}: process {now['pid']} on {now['host']} is training this run: wait for it, stop it, or "
+                f"{place}: process {now['pid']} on {now['host']} is training this run: wait for it, stop it, or "
                 "--resume --take-over"
             )
 
 
-def beat_of(folder: Path) -> dict[str, Any] | None:
+def beat_of(place: Place) -> dict[str, Any] | None:
     """What the file says; None without one."""
-    path = folder / "alive.json"
+    data = read_at(place, FILE)
     try:
-        return dict(read_json(path)) if path.exists() else None
-    except UserError:
-        if path.exists():
-            raise
-        return None
+        return None if data is None else dict(json.loads(data))
+    except ValueError as err:
+        raise UserError(f"{place}/{FILE}: not readable as JSON: {err}") from err
 
 
 def is_running(pid: int) -> bool:

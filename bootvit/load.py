@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from bootvit.addresses import public_address, wrong_with
+from bootvit.addresses import public_address, wrong_address, wrong_with
 from bootvit.config import Config, flatten, override, place_of, read_config, validate, whole, with_overrides
 from bootvit.errors import UserError
 from bootvit.models.checks import check_models
@@ -67,13 +67,12 @@ def check_places(config: Config, origin: str, origins: dict[str, str]) -> None:
     for key, value in (("ray.storage_path", config.ray.storage_path), ("data.root", config.data.root)):
         scheme, colon, rest = (value or "").partition(":")
         if colon and (scheme.lower() in STORES or (rest.startswith("/") and re.fullmatch(r"[A-Za-z][\w+.-]*", scheme))):
-            wrong = "addresses of object stores are not supported yet; give the path of a folder that every node sees"
-            if key == "data.root":
-                local = (value or "").startswith("file:///")
-                wrong = "" if local else wrong_with(value or "", config.data.source) or ""
-            if wrong:
+            local = (value or "").startswith("file:///")
+            given = value or ""
+            wrong = wrong_with(given, config.data.source) if key == "data.root" else wrong_address(given)
+            if wrong and not local:
                 raise UserError(f"{place_of(key, origin, origins)}: {key}={public_address(value or '')}: {wrong}")
-    storage = Path(os.path.expanduser(config.ray.storage_path))
+    storage = Path(os.path.expanduser(config.ray.storage_path))  # or an address, of which no part is a link
     broken = next((p for p in (storage, *storage.parents) if os.path.islink(p) and not os.path.exists(p)), None)
     if broken is not None:
         place = place_of("ray.storage_path", origin, origins)

@@ -120,8 +120,8 @@ class Training:
         if saved is None:
             warm_start(self.learner.networks, self.config, self.splits.classes)
             return Progress()
-        state = load_chosen(saved, self.world)
-        DataFacts.from_dict(state["data"]).check_same(self.facts, f"{self.folder.path}: cannot resume")
+        state = load_chosen(saved, self.world, here=self.folder.store is None)
+        DataFacts.from_dict(state["data"]).check_same(self.facts, f"{self.folder}: cannot resume")
         self.learner.load_state_dict(state["learner"])
         return Progress(**state["progress"])
 
@@ -301,8 +301,13 @@ def choose(folder: RunFolder, world: World) -> Saved | None:
     return from_rank_0(checkpoint.newest(folder.checkpoints) if world.rank == 0 else None, world)
 
 
-def load_chosen(saved: Saved, world: World) -> checkpoint.State:
-    """Its content; a file system that has not shown it to this node yet is given a minute."""
+def load_chosen(saved: Saved, world: World, *, here: bool) -> checkpoint.State:
+    """Its content; a file system that has not shown it to this node yet is given a minute.
+
+    Where it is not `here`, as it is in a store, rank 0 has a copy, and tells the others.
+    """
+    if not here:
+        return from_rank_0(checkpoint.load(saved) if world.rank == 0 else {}, world)
     until = time.monotonic() + PATIENCE
     while True:
         try:

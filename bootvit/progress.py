@@ -5,17 +5,27 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from typing import TextIO
+from pathlib import Path
+from typing import TYPE_CHECKING, TextIO
+
+import torch
 
 from bootvit.config import Config
+from bootvit.data import DataSplits
+from bootvit.loop import total_steps
 from bootvit.result import Result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Record, read_journal
 
+if TYPE_CHECKING:
+    from rich.console import Console
 
-def follow_progress(config: Config, folder: RunFolder, stop: threading.Event, out: TextIO | None = None) -> None:
-    """Show what the journal gains until `stop` is set and everything in it is shown."""
-    view: _Bar | _Lines = _Bar(config) if (out or sys.stdout).isatty() else _Lines(config, out or sys.stdout)
+
+def follow_progress(
+    config: Config, folder: RunFolder, stop: threading.Event, steps: int, out: TextIO | None = None
+) -> None:
+    """Show what the journal gains until `stop` is set and everything in it is shown; `steps` are those of the run."""
+    view: _Bar | _Lines = _Bar(config, steps) if (out or sys.stdout).isatty() else _Lines(config, out or sys.stdout)
     offset, inode, shown = 0, -1, 0.0
     with view:
         while True:
@@ -29,16 +39,67 @@ def follow_progress(config: Config, folder: RunFolder, stop: threading.Event, ou
                 return
 
 
-def speak(values: dict[str, float], names: tuple[str, ...]) -> str:
-    """`vit loss 1.234  vit 45.8%  agent 90.4%  310 images/s` from the newest value of each name."""
-    parts = [f"{net} loss {values[f'train/{net}/loss']:.3f}" for net in names if f"train/{net}/loss" in values]
-    for split in ("test", "held_out"):
-        parts += [f"{net} {values[f'{split}/{net}/top1']:.1f}%" for net in names if f"{split}/{net}/top1" in values]
-    if "data/skipped" in values:
-        parts.append(f"broken images left out: {values['data/skipped']:.0f}")
+def run_steps(config: Config, splits: DataSplits) -> int:
+    """Optimiser steps of the whole run."""
+    images = len(splits.train)
+    return total_steps(config, images // min(config.data.batch_size, images))
+
+
+def opening(config: Config, splits: DataSplits, device: torch.device | None) -> str:
+    """What is trained on what, before it starts; `device` None is Ray's workers."""
+    from bootvit.models.sizes import cost_of
+
+    parameters, gflops = cost_of(config, len(splits.classes))
+    images = [f"{len(splits.train)} training"]
+    images += [f"{len(part)} {word}" for part, word in ((splits.held_out, "held-out"), (splits.test, "test")) if part]
+    rows, cols = config.image_size
+    where = f"on {device}" if device else f"by {config.ray.num_workers} workers under Ray Train"
+    steps, epochs = run_steps(config, splits), config.schedule.epochs
+    return (
+        f"{config.name}: method {config.method}, {parameters / 1e6:.2f} M parameters, {gflops:.3g} GFLOPs an image, "
+        f"{where}\n"
+        f"{', '.join(images)} images of {len(splits.classes)} classes at {rows}x{cols}; {epochs} epochs, {steps} steps "
+        f"of {config.data.batch_size}\n"
+        f"folder: {config.run_dir}"
+    )
+
+
+def what_next(config: Config) -> str:
+    """What to type when a run has finished."""
+    run = config.name if config.run_dir.parent == Path("runs").resolve() else config.run_dir
+    return f"next: bootvit eval {run} --local | bootvit predict {run} IMAGE | bootvit report {config.run_dir.parent}"
+
+
+def scores(values: dict[str, float], names: tuple[str, ...]) -> str:
+    """`test vit 45.8% agent 90.4%  held-out vit 44.0% agent 89.9%`: of what was evaluated."""
+    parts = []
+    for split, word in (("test", "test"), ("held_out", "held-out")):
+        own = [f"{net} {values[f'{split}/{net}/top1']:.1f}%" for net in names if f"{split}/{net}/top1" in values]
+        parts += [f"{word} {' '.join(own)}"] if own else []
+    return "  ".join(parts)
+
+
+def running(values: dict[str, float], names: tuple[str, ...]) -> str:
+    """`310 images/s  loss vit 1.234 agent 0.871  rate 0.002`: the newest of each."""
+    parts = []
     if "train/images_per_second" in values:
         parts.append(f"{values['train/images_per_second']:.0f} images/s")
+    losses = [f"{net} {values[f'train/{net}/loss']:.3f}" for net in names if f"train/{net}/loss" in values]
+    parts += [f"loss {' '.join(losses)}"] if losses else []
+    if "train/lr" in values:
+        parts.append(f"rate {values['train/lr']:.2g}")
     return "  ".join(parts)
+
+
+def without_scores(values: dict[str, float]) -> dict[str, float]:
+    """What goes on from one epoch to the next: an evaluation counts only where it was made."""
+    return {name: value for name, value in values.items() if name.startswith(("train/", "data/"))}
+
+
+def speak(values: dict[str, float], names: tuple[str, ...]) -> str:
+    """A whole line of an epoch, from the newest value of each name."""
+    broken = [f"broken images left out: {values['data/skipped']:.0f}"] if "data/skipped" in values else []
+    return "  ".join(filter(None, [scores(values, names), running(values, names), *broken]))
 
 
 def print_result(result: Result) -> None:
@@ -98,6 +159,7 @@ class _Lines:
         done, total = self.epoch + 1, self.config.schedule.epochs
         text = speak(self.values, self.config.networks) + self._time_left(done, total)
         print(f"{self.config.name}  epoch {done}/{total}  {text}", file=self.out, flush=True)
+        self.values = without_scores(self.values)
         self.epoch = None
 
     def _time_left(self, done: int, total: int) -> str:
@@ -110,21 +172,26 @@ class _Lines:
 
 
 class _Bar:
-    """A live bar with losses, accuracies, images/s and the time left."""
+    """A live bar of the steps, with losses, rate, images/s and the time left; evaluations stay above it, as lines."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, steps: int, console: Console | None = None) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.table import Column
 
         self.config = config
         self.values: dict[str, float] = {}
         self.bar = Progress(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(bar_width=24),
+            TextColumn(
+                "[bold]{task.description}", table_column=Column(max_width=20, no_wrap=True, overflow="ellipsis")
+            ),
+            BarColumn(bar_width=16),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[text]}"),
-            TimeRemainingColumn(),
+            TimeRemainingColumn(compact=True),
+            TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            expand=True,
+            console=console,
         )
-        self.task = self.bar.add_task(config.name, total=config.schedule.epochs, text="")
+        self.task = self.bar.add_task(config.name, total=steps, text="")
 
     def __enter__(self) -> _Bar:
         self.bar.start()
@@ -134,7 +201,16 @@ class _Bar:
         self.bar.stop()
 
     def show(self, records: list[Record]) -> None:
-        """Advance to the newest record."""
-        self.values |= {r.name: r.value for r in records}
-        done = max((r.epoch + 1 for r in records if not r.name.startswith("train/")), default=None)
-        self.bar.update(self.task, completed=done, text=speak(self.values, self.config.networks))
+        """Move to the newest step; an epoch that was evaluated becomes a line above."""
+        for record in records:
+            self.values[record.name] = record.value
+            if record.name == "epoch":
+                self._line(record)
+        if records:
+            self.bar.update(self.task, completed=records[-1].step, text=running(self.values, self.config.networks))
+
+    def _line(self, end: Record) -> None:
+        text = scores(self.values, self.config.networks)
+        if text:
+            self.bar.console.print(f"epoch {end.epoch + 1}/{self.config.schedule.epochs}  {text}", highlight=False)
+        self.values = without_scores(self.values)

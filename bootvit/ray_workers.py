@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bootvit.addresses import is_address
 from bootvit.asks import on_signals, say_stopping
 from bootvit.config import Config, validate, whole
 from bootvit.errors import RunFailed, UserError
@@ -44,10 +45,12 @@ def run_under_ray(config: Config, folder: RunFolder) -> Result:
         coordinator.stop.remote()
 
     try:
-        with on_signals(stop):
+        with folder.followed(), on_signals(stop):
             result: Result | None = training.wait()
     finally:
         clear_ray_storage(config)
+    if result is not None and config.tracking.enabled:
+        folder.fetch_artifacts(config)
     if result is None and asked.is_set():
         raise KeyboardInterrupt
     if result is None:
@@ -61,6 +64,7 @@ def worker_job(config: Config, folder: RunFolder, coordinator: Any, test: TestUs
         "config": whole(config),
         "folder": str(folder.path),
         "lease": folder.lease,
+        "hold": None if folder.hold is None else folder.hold.told(),
         "test": test,
         "coordinator": coordinator,
     }
@@ -118,8 +122,8 @@ def on_workers(
         ),
         torch_config=TorchConfig(timeout_s=math.ceil(config.ray.collective_timeout)),
         run_config=RunConfig(
-            name=f".ray-{config.name}-{os.getpid()}",
-            storage_path=config.ray.storage_path,
+            name=ray_name(config),
+            storage_path=ray_storage(config),
             failure_config=FailureConfig(max_failures, controller_failure_limit=starts(config)),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
@@ -162,11 +166,25 @@ def original_error(err: Exception, config: Config) -> Exception:
     return RunFailed(f"a worker failed: {type(first).__name__}: {last_line}")
 
 
+def ray_name(config: Config) -> str:
+    """Of the folder that Ray Train keeps for its bookkeeping; our checkpoints are elsewhere."""
+    return f".ray-{config.name}-{os.getpid()}"
+
+
+def ray_storage(config: Config) -> str:
+    """Where that is; it is never read again. Of a run in a store it is on this node, so that Ray needs no store."""
+    if not is_address(config.ray.storage_path):
+        return config.ray.storage_path
+    from bootvit.data.cache import cache_folder
+
+    return str(cache_folder())
+
+
 def clear_ray_storage(config: Config) -> None:
-    """Ray Train keeps a folder of its own for bookkeeping; our checkpoints are elsewhere."""
+    """Remove it."""
     import shutil
 
-    shutil.rmtree(config.run_dir.parent / f".ray-{config.name}-{os.getpid()}", ignore_errors=True)
+    shutil.rmtree(Path(ray_storage(config)) / ray_name(config), ignore_errors=True)
 
 
 def train_worker(job: dict[str, Any]) -> Result | None:
@@ -187,17 +205,19 @@ def train_worker(job: dict[str, Any]) -> Result | None:
             coordinator.report.remote(report)
         ray.train.report({"epoch": report.epoch, "step": report.step})
 
-    folder = RunFolder(Path(job["folder"]), job["lease"])
-    if world.rank == 0:
-        folder = folder.for_this_group()
+    given = RunFolder(Path(job["folder"]), job["lease"])
+    if job["hold"] is not None:
+        given = given.in_store(job["hold"])
+    folder = given.for_this_group() if world.rank == 0 else given.for_other_worker()
     watch = Watch(coordinator)
     try:
-        with worker_log(folder, world):
+        with folder.sent(), worker_log(folder, world):
             return fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
     except KeyboardInterrupt:
         return None
     finally:
         watch.close()
+        folder.leave()
 
 
 def ray_world(config: Config) -> World:

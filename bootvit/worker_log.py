@@ -21,6 +21,7 @@ import torch.distributed as dist
 
 from bootvit.errors import UserError
 from bootvit.learner import World
+from bootvit.remote import fetch_logs
 from bootvit.runs import RunFolder
 
 LOGS = "logs"
@@ -33,7 +34,7 @@ def worker_log(folder: RunFolder, world: World) -> Iterator[None]:
     Every worker of the attempt must enter this together. `UserError` on a node that does not see the run's folder.
     """
     check_seen(folder.config)
-    attempt = folder.path / LOGS / f"attempt-{_new_attempt(folder.path, world):02d}"
+    attempt = folder.path / LOGS / f"attempt-{_new_attempt(folder, world):02d}"
     attempt.mkdir(parents=True, exist_ok=True)
     with (attempt / f"rank-{world.rank}.log").open(
         "a", buffering=1, encoding="utf-8", errors="backslashreplace"
@@ -61,17 +62,20 @@ def check_seen(file: Path) -> None:
         )
 
 
-def read_logs(run_dir: Path, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
+def read_logs(folder: RunFolder, rank: int | None = None, attempt: int | None = None) -> Iterator[str]:
     """The lines of the workers' logs of one attempt, by default the newest; `UserError` for what is not there."""
+    run_dir = folder.path
+    if folder.store is not None:
+        fetch_logs(folder.store, run_dir)
     attempts = _numbered(run_dir / LOGS, r"attempt-(\d+)")
     if not attempts:
-        raise UserError(f"{run_dir}: no worker has left a log; a run with --local says everything on its terminal")
+        raise UserError(f"{folder}: no worker has left a log; a run with --local says everything on its terminal")
     number = max(attempts) if attempt is None else attempt
     if number not in attempts:
-        raise UserError(f"--attempt {number}: {run_dir} has {_listed('attempt', attempts)}")
+        raise UserError(f"--attempt {number}: {folder} has {_listed('attempt', attempts)}")
     ranks = _numbered(attempts[number], r"rank-(\d+)\.log")
     if rank is not None and rank not in ranks:
-        raise UserError(f"--rank {rank}: attempt {number} of {run_dir} has {_listed('rank', ranks)}")
+        raise UserError(f"--rank {rank}: attempt {number} of {folder} has {_listed('rank', ranks)}")
     for name, path in sorted(ranks.items()):
         if rank in (None, name):
             yield f"==> {path.relative_to(run_dir)} <=="
@@ -93,9 +97,10 @@ class _Copied:
         return self._stream.write(text)
 
 
-def _new_attempt(run_dir: Path, world: World) -> int:
+def _new_attempt(folder: RunFolder, world: World) -> int:
     """One more than there have been; rank 0 counts, and tells the others."""
-    number = [1 + max(_numbered(run_dir / LOGS, r"attempt-(\d+)"), default=0) if world.rank == 0 else 0]
+    known = folder.hold.attempt - 1 if folder.hold else max(_numbered(folder.path / LOGS, r"attempt-(\d+)"), default=0)
+    number = [1 + known if world.rank == 0 else 0]
     if world.size > 1:
         dist.broadcast_object_list(number, src=0)
     return number[0]

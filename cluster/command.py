@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bootvit.addresses import has_secret
+from bootvit.addresses import has_secret, is_address
 from bootvit.config import find_config, layers, merge, nest, origin_of, read_layers, with_overrides
 from bootvit.errors import UserError
 from bootvit.load import load_config
@@ -76,6 +76,7 @@ def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
 
 
 def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
+    from tune.run.folder import check_place
     from tune.spec.load import is_own, load_sweep
     from tune.spec.space import check_space
 
@@ -84,6 +85,7 @@ def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
         if text.startswith("base=") and Path(text.removeprefix("base=")).is_file():
             raise UserError(f"{origin_of(text)}: the job does not have this file: name it in the sweep file")
     sweep = load_sweep(str(path), overrides)
+    check_place(sweep)
     check_space(sweep)
     base = find_config(sweep.file.base)
     raw = read_layers(base)
@@ -100,14 +102,14 @@ def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
 def _check_places(raw: dict[str, Any], origin: str, env: Mapping[str, str]) -> None:
     """Every place must mean the same on the cluster, and outlive the job."""
     storage = _get(raw, "ray.storage_path")
-    if not _is_absolute(storage):
+    if not (_is_absolute(storage) or _is_address(storage)):  # an address is checked with the config
         raise UserError(
             f"{origin}: ray.storage_path={storage or './runs'} would vanish with the job's folder: "
-            "add ray.storage_path=/FOLDER, one that every node of the cluster sees"
+            "add ray.storage_path=/FOLDER, one that every node of the cluster sees, or s3://BUCKET/FOLDER"
         )
     for key in ("data.root", "model.vit.weights", "model.agent.weights"):
         value = _get(raw, key)
-        if key == "data.root" and isinstance(value, str) and "://" in value:  # checked with the config
+        if key == "data.root" and _is_address(value):
             continue
         if value not in (None, "timm") and not _is_absolute(value):
             raise UserError(f"{origin}: {key}={value} is relative, but the job runs elsewhere: make it absolute")
@@ -136,6 +138,10 @@ def outlives_job(uri: str) -> bool:
     if not separator:
         return uri.startswith("databricks") or Path(uri).is_absolute()
     return not scheme.startswith("sqlite") or rest.startswith("//")  # four slashes: absolute
+
+
+def _is_address(place: Any) -> bool:
+    return isinstance(place, str) and is_address(place)
 
 
 def _is_absolute(place: Any) -> bool:

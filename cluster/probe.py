@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from bootvit.addresses import is_address
 from bootvit.errors import RunFailed, UserError
 from cluster.capacity import working_nodes
 
@@ -47,7 +48,8 @@ def places_of(config: Config) -> list[Place]:
     from bootvit.weights import key_of, named
 
     storage, data = config.ray.storage_path, config.data.root
-    places = [Place(f"ray.storage_path={storage}", Path(storage), SHARED, written=True)]
+    here = [] if is_address(storage) else [Path(storage)]  # of a store its first worker says whether it reaches it
+    places = [Place(f"ray.storage_path={storage}", path, SHARED, written=True) for path in here]
     if config.tracking.enabled:
         uri = tracking_uri(config.tracking.uri)
         if database := sqlite_path(uri):

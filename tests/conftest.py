@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from store_proxy import CREDENTIALS, Proxy, serve
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's 15 would let its workers starve beside other tests
@@ -37,3 +39,20 @@ def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     """Decoded images go to a folder of this test run."""
     os.environ["BOOTVIT_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[Proxy]:
+    """An S3 server of this machine behind a proxy; nothing is set for clients."""
+    with serve() as proxy:
+        yield proxy
+
+
+@pytest.fixture
+def s3(s3_server: Proxy, monkeypatch: pytest.MonkeyPatch) -> Proxy:
+    """The same with the cloud's usual variables set, and the proxy as new."""
+    s3_server.clear()
+    for key, value in CREDENTIALS.items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    return s3_server

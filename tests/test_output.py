@@ -4,6 +4,7 @@ import io
 import json
 import math
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -171,7 +172,7 @@ def test_progress_goes_on_in_a_journal_that_was_cut(tmp_path: Path) -> None:
     folder, out, stop = RunFolder(tmp_path), io.StringIO(), threading.Event()
     journal = Journal(folder.journal)
     journal.write([Record(step, step, "test/vit/top1", 10.0 + step, float(step)) for step in (1, 2)])
-    thread = threading.Thread(target=follow_progress, args=(tiny(), folder, stop, out))
+    thread = threading.Thread(target=follow_progress, args=(tiny(), folder, stop, 15, out))
     thread.start()
     while "epoch 2/" not in out.getvalue():
         time.sleep(0.01)
@@ -180,7 +181,31 @@ def test_progress_goes_on_in_a_journal_that_was_cut(tmp_path: Path) -> None:
     stop.set()
     thread.join()
     assert [line.split("  ")[1:3] for line in out.getvalue().splitlines()] == [
-        ["epoch 2/3", "vit 11.0%"],
-        ["epoch 3/3", "vit 42.1%"],
-        ["epoch 4/3", "vit 43.1%"],
+        ["epoch 2/3", "test vit 11.0%"],
+        ["epoch 3/3", "test vit 42.1%"],
+        ["epoch 4/3", "test vit 43.1%"],
     ]
+
+
+def test_the_bar_moves_with_the_steps_within_an_epoch_and_fits_80_columns() -> None:
+    from rich.console import Console
+
+    from bootvit.progress import _Bar
+
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, color_system=None)
+    with _Bar(tiny(name="a-rather-long-name-of-a-run"), 300, console) as view:
+        view.show([Record(20, 0, "train/vit/loss", 1.25, 0.0), Record(20, 0, "train/images_per_second", 310.4, 0.0)])
+        assert view.bar.tasks[0].completed == 20
+        view.show([Record(40, 0, "train/vit/loss", 1.0, 1.0)])
+        assert view.bar.tasks[0].completed == 40
+        scores = [
+            Record(100, 0, f"{split}/vit/top1", top1, 2.0) for split, top1 in (("test", 45.0), ("held_out", 44.0))
+        ]
+        view.show([*scores, Record(100, 0, "epoch", 1.0, 2.0)])
+        view.bar.refresh()
+    text = out.getvalue()
+    assert "epoch 1/3  test vit 45.0%  held-out vit 44.0%" in text
+    assert "100/300" in text
+    assert "310 images/s" in text
+    assert max(map(len, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").splitlines())) <= 80

@@ -41,7 +41,7 @@ def test_what_is_printed_and_the_traceback_are_in_the_log_and_where_they_were(
     shown = capsys.readouterr()
     assert shown.out == "said\n"
     assert "careful" in shown.err
-    log = "\n".join(read_logs(folder.path))
+    log = "\n".join(read_logs(folder))
     assert log.startswith("==> logs/attempt-01/rank-0.log <==\n")
     for text in ("began: rank 0 of 1 on ", "\nsaid\n", "\ncareful\n", "in fails\n", ": the reason\n"):
         assert text in log
@@ -52,12 +52,12 @@ def test_every_attempt_has_its_own(folder: RunFolder, capsys: pytest.CaptureFixt
     for name in ("first", "second"):
         with worker_log(folder, ONE):
             print(name)
-    assert "second" in "".join(read_logs(folder.path))
-    assert "first" in "".join(read_logs(folder.path, attempt=1))
+    assert "second" in "".join(read_logs(folder))
+    assert "first" in "".join(read_logs(folder, attempt=1))
     with pytest.raises(UserError, match=r"^--attempt 3: .*tiny has attempt 1, 2$"):
-        list(read_logs(folder.path, attempt=3))
+        list(read_logs(folder, attempt=3))
     with pytest.raises(UserError, match=r"^--rank 1: attempt 2 of .*tiny has rank 0$"):
-        list(read_logs(folder.path, rank=1))
+        list(read_logs(folder, rank=1))
 
 
 def test_a_trial_that_is_stopped_has_not_failed(folder: RunFolder) -> None:
@@ -68,7 +68,7 @@ def test_a_trial_that_is_stopped_has_not_failed(folder: RunFolder) -> None:
     trial = run()
     next(trial)  # type: ignore[call-overload]
     trial.close()  # type: ignore[attr-defined]
-    assert list(read_logs(folder.path))[-1].endswith(" stopped")
+    assert list(read_logs(folder))[-1].endswith(" stopped")
 
 
 def test_a_node_that_does_not_see_the_run_says_so_and_writes_nothing(tmp_path: Path) -> None:

@@ -115,31 +115,44 @@ class StorePath:
 
     def asked(self, request: Callable[[], T]) -> T:
         """What a request answers; anything that is not the store's own doing is raised as it is."""
-        where = f"data.root={self.root}"
-        try:
-            return request()
-        except (OSError, pa.ArrowException) as err:
-            reason = without_secrets(" ".join(str(err).split())[:300], self.root)
-            if isinstance(err, FileNotFoundError) or MISSING.search(reason):
-                raise UserError(f"{where}: there is nothing at {self.at}: no such bucket, folder or file") from err
-            if REFUSED.search(reason):
-                raise UserError(f"{where}: the store refuses: {reason}") from err
-            if OF_THE_STORE.search(reason):
-                raise RunFailed(f"{where}: the store does not answer as it should: {reason}") from err
-            raise
+        return answered(request, where=f"data.root={self.root}", at=self.at, address=self.root)
+
+
+def answered(request: Callable[[], T], *, where: str, at: str, address: str) -> T:
+    """What a request to the store at `address` answers; messages begin with `where` and name the object `at`.
+
+    `UserError` for what is not there or refused, `RunFailed` for a store that fails; anything else as it is.
+    """
+    try:
+        return request()
+    except (OSError, pa.ArrowException) as err:
+        reason = without_secrets(" ".join(str(err).split())[:300], address)
+        if isinstance(err, FileNotFoundError) or MISSING.search(reason):
+            raise UserError(f"{where}: there is nothing at {at}: no such bucket, folder or file") from err
+        if REFUSED.search(reason):
+            raise UserError(f"{where}: the store refuses: {reason}") from err
+        if OF_THE_STORE.search(reason):
+            raise RunFailed(f"{where}: the store does not answer as it should: {reason}") from err
+        raise
+
+
+def open_system(address: str) -> tuple[fs.FileSystem, str]:
+    """Arrow's file system for an address, and the path in it."""
+    limit = "retry_limit_seconds"
+    if address.startswith(("gs:", "gcs:")) and limit not in address:
+        address += f"{'&' if '?' in address else '?'}{limit}={GOOGLE_S}"
+    system, path = fs.FileSystem.from_uri(address)
+    return system, path
 
 
 def open_root(address: str) -> StorePath:
     """The folder at an address; `UserError` for a wrong one, `RunFailed` for a store that does not answer."""
     shown = public_address(address)
-    limit = "retry_limit_seconds"
-    if address.startswith(("gs:", "gcs:")) and limit not in address:
-        address += f"{'&' if '?' in address else '?'}{limit}={GOOGLE_S}"
     at = shown.partition("?")[0].rstrip("/")
 
     def opened() -> StorePath:
         new = StorePath(fs.LocalFileSystem(), "", at, shown)  # its way of asking only
-        system, path = new.asked(lambda: fs.FileSystem.from_uri(address))
+        system, path = new.asked(lambda: open_system(address))
         root = StorePath(system, path.rstrip("/"), at, shown)
         _ = root.children
         return root

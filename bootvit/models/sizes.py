@@ -107,6 +107,13 @@ def size_of(name: str, config: Config) -> Size:
     )
 
 
+def cost_of(config: Config, classes: int) -> tuple[int, float]:
+    """(parameters, forward GFLOPs of one image) of all networks of a run; what both networks use counts once."""
+    softmax = override(config, {"model": {"vit": {"attention": "softmax"}}})  # as in `size_of`
+    dense = _on_meta(softmax, classes)
+    return _count(list(_on_meta(config, classes).parameters())), sum(_gflops(dense, net) for net in config.networks)
+
+
 def _on_meta(config: Config, classes: int) -> Networks:
     with torch.device("meta"):
         return Networks(config, classes).eval()

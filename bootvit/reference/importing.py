@@ -26,6 +26,7 @@ from bootvit.reference.files import read_settings
 from bootvit.reference.names import WeightNames, load_moments
 from bootvit.reference.translate import translate
 from bootvit.runs import claim
+from bootvit.storage import Place
 from bootvit.tracking import Journal, Record
 
 HERE = World(0, 1, torch.device("cpu"))
@@ -34,7 +35,7 @@ HERE = World(0, 1, torch.device("cpu"))
 class Imported(NamedTuple):
     """What `bootvit import` prints."""
 
-    run: Path
+    run: Place
     epoch: int  # epochs completed
     moments: bool  # whether the optimiser's moments came with the weights
 
@@ -67,10 +68,12 @@ def import_checkpoint(
     }
     folder, _ = claim(config, resume=False, overwrite=overwrite)
     final = epoch >= config.schedule.epochs
-    checkpoint.write(folder.checkpoints, checkpoint.pack(state), step=step, epoch=epoch, final=final)
-    if epoch:  # over, and not to be evaluated again when the run goes on
-        Journal(folder.journal).write([Record(step, epoch - 1, "epoch", float(epoch), time.time())])
-    return Imported(folder.path, epoch, bool(optimizers))
+    with folder.sent():
+        checkpoint.write(folder.checkpoints, checkpoint.pack(state), step=step, epoch=epoch, final=final)
+        if epoch:  # over, and not to be evaluated again when the run goes on
+            Journal(folder.journal).write([Record(step, epoch - 1, "epoch", float(epoch), time.time())])
+    folder.leave()
+    return Imported(folder.place, epoch, bool(optimizers))
 
 
 def load(path: Path) -> dict[str, Any]:

@@ -12,12 +12,13 @@ from bootvit.report.from_mlflow import collect_mlflow
 from bootvit.report.rows import collect_folders
 from bootvit.report.sweep import print_sweep, sweep_json, write_sweep_report
 from bootvit.report.write import print_table, report_json, write_report
+from bootvit.storage import place_at
 from bootvit.tracking import tracking_uri
 from bootvit.tracking.sweep import attach_to_sweep
 
 
 def command(
-    folders: Sequence[Path],
+    folders: Sequence[str],
     *,
     experiment: str | None = None,
     sweep: str | None = None,
@@ -36,7 +37,7 @@ def command(
     if experiment is not None:
         rows = collect_mlflow(tracking_uri(None), experiment)
     else:
-        rows = collect_folders(folders or [storage()])
+        rows = collect_folders([place_at(folder) for folder in folders] or [storage()])
     if as_json:
         print_json(report_json(rows))
     else:

@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from bootvit.config import leaves, parse_yaml
 from bootvit.errors import UserError
 from bootvit.files import read_json
+from bootvit.remote import reading_copy
+from bootvit.storage import Place, Store
 from bootvit.tracking.journal import parse_record
 from bootvit.tracking.tags import data_name, param_text
 
@@ -58,19 +61,36 @@ class RunRow:
         return self.test or self.held_out
 
 
-def collect_folders(paths: Sequence[Path]) -> list[RunRow]:
-    """Every run in or below the folders, trials of sweeps included, each once.
+def collect_folders(places: Sequence[Place]) -> list[RunRow]:
+    """Every run in or below the folders, here or in stores, trials of sweeps included, each once.
 
     Raises `UserError` for a folder that does not exist, for a broken file, and where there are no runs at all.
     """
+    paths = [place for place in places if isinstance(place, Path)]
     for path in paths:
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; train first, such as: bootvit train digits/joint")
     folders = sorted({found.resolve() for path in paths for found in _run_folders(path)})
-    if not folders:
-        where = ", ".join(map(str, paths)) or "no folder"
+    stores = {found.at: found for place in places if isinstance(place, Store) for found in _runs_in_store(place)}
+    if not folders and not stores:
+        where = ", ".join(map(str, places)) or "no folder"
         raise UserError(f"{where}: no runs there; train first, such as: bootvit train digits/joint")
-    return [read_run(folder) for folder in folders]
+    with ThreadPoolExecutor(8) as pool:
+        there = list(pool.map(read_run_in_store, (stores[at] for at in sorted(stores))))
+    return [read_run(folder) for folder in folders] + there
+
+
+def _runs_in_store(top: Store) -> Iterator[Store]:
+    names = {item.name for item in top.list(deep=True) if not item.is_folder}
+    for name in names:
+        folder, _, file = name.rpartition("/")
+        if file == "config.yaml" and any(other.startswith(f"{folder}/leases/".lstrip("/")) for other in names):
+            yield top / folder if folder else top
+
+
+def read_run_in_store(store: Store) -> RunRow:
+    """A run in an object store, from a copy of what is small of it."""
+    return replace(read_run(reading_copy(store)), place=str(store))
 
 
 def _run_folders(top: Path) -> Iterator[Path]:

@@ -24,12 +24,15 @@ def sync_run(config: Config, folder: RunFolder) -> str:
         raise UserError("MLflow is not installed: pip install 'bootvit[mlflow]'")
     tracked = config.model_copy(update={"tracking": config.tracking.model_copy(update={"enabled": True})})
     check_tracking(tracked)
-    check_nobody_writes(folder.path)
+    check_nobody_writes(folder.place)
     run = MlflowRun(tracked, folder.path, tags=tags_of(tracked, folder))
     uri = tracking_uri(config.tracking.uri)
-    if not run.sync(now=True):
-        raise RunFailed(f"{folder.path}: MLflow at {public_address(uri)} has not taken all of it")
-    return f"MLflow run {run.run_id} at {public_address(uri)} has all of {folder.path}"
+    folder.publish("mlflow.json")  # with our key, before MLflow hears of it
+    sent = run.sync(now=True)
+    folder.publish("mlflow.json")
+    if not sent:
+        raise RunFailed(f"{folder}: MLflow at {public_address(uri)} has not taken all of it")
+    return f"MLflow run {run.run_id} at {public_address(uri)} has all of {folder}"
 
 
 def tags_of(config: Config, folder: RunFolder) -> dict[str, str]:
@@ -40,5 +43,5 @@ def tags_of(config: Config, folder: RunFolder) -> dict[str, str]:
     if folder.result.exists():
         result = read_result(folder.result)
         return run_tags(config, data_fingerprint=result["data_fingerprint"], subset_digest=result["subset_digest"])
-    facts = known_data(folder.path)
+    facts = known_data(folder)
     return run_tags(config, data_fingerprint=facts.fingerprint if facts else None)

@@ -22,7 +22,7 @@ from tune.decide.stopping import Stopper
 from tune.run.capacity import Room, actor_resources, check_resources, start_ray
 from tune.run.copying import copy_member
 from tune.run.data import check_data, plan
-from tune.run.folder import check_folder, claim_folder, read_state
+from tune.run.folder import check_folder, check_place, claim_folder, read_state
 from tune.run.job import Job
 from tune.run.recording import Recording
 from tune.run.tune_searchers import check_searcher, searcher_of
@@ -89,6 +89,7 @@ def sweep(
 def checked(name: str, overrides: Sequence[str]) -> tuple[Sweep, list[Config]]:
     """A sweep file with the configs that it leads to, all of which can run."""
     sweep = load_sweep(name, overrides)
+    check_place(sweep)
     check_tracking(sweep.base)
     configs = check_space(sweep)
     check_resources(sweep)

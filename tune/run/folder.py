@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import yaml
 
+from bootvit.addresses import is_address
 from bootvit.config import leaves, parse_yaml
 from bootvit.errors import UserError
 from bootvit.files import read_json, write_atomic
@@ -21,6 +22,16 @@ FREE = (
     *("sweep.base", "sweep.concurrency", "sweep.resources.", "sweep.budget.", "sweep.retries"),
     *("sweep.trial_timeout", "sweep.callbacks", "sweep.progress"),
 )
+
+
+def check_place(sweep: Sweep) -> None:
+    """Refuse a store: a sweep appends to its log, and Ray Tune keeps its folder beside that."""
+    storage = sweep.base.ray.storage_path
+    if is_address(storage):
+        raise UserError(
+            f"ray.storage_path={storage}: a sweep needs a folder that every node sees; an object store keeps single "
+            "runs only (bootvit train)"
+        )
 
 
 def check_folder(sweep: Sweep, *, resume: bool, overwrite: bool, retry_failed: bool = False) -> State:
