@@ -165,7 +165,10 @@ def compare_runs(first: str, second: str) -> dict[str, list[Any]]:
 
 def removable(name: str) -> Path:
     """A run's folder, to be deleted; `UserError` for one that is being trained, and for a trial of a sweep."""
-    path = open_run(name)[1].path
+    folder = open_run(name)[1]
+    if folder.store is not None:
+        raise UserError(f"{folder}: lies in an object store: remove it with the store's own tools")
+    path = folder.path
     if path.parent.name == "trials" and (path.parent.parent / SWEEP).exists():
         raise UserError(f"{path}: a trial of the sweep {path.parent.parent}: remove that folder as a whole")
     check_nobody_writes(path)

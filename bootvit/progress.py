@@ -14,7 +14,7 @@ from bootvit.config import Config
 from bootvit.data import DataSplits
 from bootvit.loop import total_steps
 from bootvit.result import Result
-from bootvit.runs import RunFolder
+from bootvit.runs import RunFolder, place_of
 from bootvit.tracking import Record, read_journal
 
 if TYPE_CHECKING:
@@ -60,14 +60,16 @@ def opening(config: Config, splits: DataSplits, device: torch.device | None) -> 
         f"{where}\n"
         f"{', '.join(images)} images of {len(splits.classes)} classes at {rows}x{cols}; {epochs} epochs, {steps} steps "
         f"of {config.data.batch_size}\n"
-        f"folder: {config.run_dir}"
+        f"folder: {place_of(config)}"
     )
 
 
 def what_next(config: Config) -> str:
     """What to type when a run has finished."""
-    run = config.name if config.run_dir.parent == Path("runs").resolve() else config.run_dir
-    return f"next: bootvit eval {run} --local | bootvit predict {run} IMAGE | bootvit report {config.run_dir.parent}"
+    place = place_of(config)
+    below = Path("runs").resolve() / config.name
+    run = config.name if place == below else place
+    return f"next: bootvit eval {run} --local | bootvit predict {run} IMAGE | bootvit show {run}"
 
 
 def scores(values: dict[str, float], names: tuple[str, ...]) -> str:
