@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from bootvit import checkpoint
@@ -74,7 +74,8 @@ class Mirror:
                 self._logs = time.monotonic()
         except TakenOver as err:
             self.taken = err
-            write_json(self._path / "lease.json", {"id": None})  # the loop stops where it writes next
+            with suppress(FileNotFoundError):  # the other one is on this machine, and has cleared this folder away
+                write_json(self._path / "lease.json", {"id": None})  # the loop stops where it writes next
             return err
         except (RunFailed, UserError, OSError) as err:
             if not self._warned:

@@ -27,6 +27,7 @@ from bootvit.files import write_atomic
 
 AGAIN = (0.5, 2.0)  # seconds before a request that has failed is sent again, beside what Arrow's client does itself
 SETTLE_S = 2.0  # after which a store without conditional writes shows who of two writers was the last
+ANSWER_S = 60.0  # for the first answer of a store
 AT_ONCE = 8  # requests
 PIECE = 8 << 20  # bytes of a file at a time
 T = TypeVar("T")
@@ -95,7 +96,7 @@ class Store:
                 raise UserError(f"{self.at}: there is no bucket {bucket}")
             self._once(lambda: self.system.get_file_info(self.path("config.yaml")))
 
-        in_time(look, self.at)
+        in_time(look, self.at, ANSWER_S)
 
     # ------------------------------------------------------------------------------------------- objects
 

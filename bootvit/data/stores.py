@@ -163,8 +163,9 @@ def open_root(address: str) -> StorePath:
         raise UserError(f"data.root={shown}: {' '.join(str(err).split())[:300]}") from err
 
 
-def in_time(act: Callable[[], T], where: str) -> T:
+def in_time(act: Callable[[], T], where: str, seconds: float | None = None) -> T:
     """What `act` returns or raises; `RunFailed` if that takes too long: then it goes on in a thread of its own."""
+    seconds = ANSWER_S if seconds is None else seconds
     done: Future[T] = Future()
 
     def run() -> None:
@@ -175,11 +176,11 @@ def in_time(act: Callable[[], T], where: str) -> T:
 
     threading.Thread(target=run, daemon=True).start()
     try:
-        return done.result(ANSWER_S)
+        return done.result(seconds)
     except TimeoutError as err:
         if done.done():
             raise
-        raise RunFailed(f"{where}: the store gave no answer in {ANSWER_S:g} s") from err
+        raise RunFailed(f"{where}: the store gave no answer in {seconds:g} s") from err
 
 
 def ahead(act: Callable[[S], T], items: Iterable[S], window: int = AHEAD) -> Iterator[T]:
