@@ -21,6 +21,7 @@ from bootvit.data.batches import Batch
 from bootvit.files import write_json
 from bootvit.learner import Learner, World
 from bootvit.load import load_config
+from bootvit.models.dropout import ByteDropout
 from bootvit.models.shapes import head_taps
 from bootvit.models.shared import SharedMixer
 from bootvit.tracking import source_version
@@ -111,6 +112,35 @@ def steps(device: torch.device, repeats: int, preset: str, batch: int, precision
     }
 
 
+def plain(learner: Learner) -> Learner:
+    """With torch's own dropout and attention, and optimisers that loop over the tensors."""
+    for module in learner.networks.modules():
+        for name, child in module.named_children():
+            if type(child) is ByteDropout:
+                setattr(module, name, torch.nn.Dropout(child.p))
+        if isinstance(module, timm.layers.Attention):
+            module.fused_attn = True
+    for group in learner.groups:
+        for parameters in group.optimizer.param_groups:
+            parameters.update(fused=False, foreach=False)
+    return learner
+
+
+def by_hand(device: torch.device, repeats: int, batch: int, precision: str) -> dict[str, object]:
+    """A step with torch's own dropout, attention and loops, relative to the same step as it is."""
+    world, out = World(0, 1, device), {}
+    for method in ("vit", "joint", "shared"):
+        given = [f"precision={precision}", f"data.batch_size={batch}"]
+        config = load_config(f"cifar10/{method}-small", given)
+        images = torch.randn(batch, 3, *config.image_size, device=device)
+        data = Batch(images, torch.zeros(batch, dtype=torch.int64, device=device), batch)
+        ways = {"plain": plain(Learner(config, 10, world)), "now": Learner(config, 10, world)}
+        calls = {name: (lambda own=own, data=data: own.step(data, 0, 0, 0.0)) for name, own in ways.items()}
+        measured = seconds(calls, repeats, device)
+        out[f"{method}-small"] = round(measured["plain"] / measured["now"], 2)
+    return {"what": f"one step, cifar10/*-small, 224 px, batch {batch}, {precision}", "plain / now": out}
+
+
 def main() -> None:
     """Measure and write `benchmarks/results/speed_<device>_<date>.json`."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -129,6 +159,7 @@ def main() -> None:
         "seed": 0,
         "repeats": options.repeats,
         "shared mixer": mixers(device, options.repeats),
+        "dropout, attention, optimiser": by_hand(device, options.repeats, 8, "fp32"),
         "steps": steps(device, options.repeats, preset, batch, precision),
     }
     options.out.mkdir(parents=True, exist_ok=True)

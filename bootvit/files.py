@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,6 +22,14 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path, before: float) -> None:
+    """Remove what killed processes have left of `replacing`, if it is older than `before` by the storage's clock."""
+    for part in folder.rglob(".*.part"):
+        with suppress(FileNotFoundError):  # its writer lives, and has just replaced the file
+            if part.stat().st_mtime < before:
+                part.unlink()
 
 
 def write_atomic(path: Path, data: bytes) -> None:

@@ -107,6 +107,9 @@ def on_workers(
     The original error of a worker is raised here: `UserError` and `RunFailed` as they are.
     """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # with it, what a worker prints is in its log twice
+    longest = math.ceil(config.ray.collective_timeout)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(longest)  # the barrier in `report`: Ray would wait for ever
+    os.environ["RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S"] = str(min(longest, 600))  # of a halted worker
     import ray
     from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -120,7 +123,7 @@ def on_workers(
         scaling_config=ScalingConfig(
             num_workers=config.ray.num_workers, use_gpu=use_gpu, resources_per_worker=resources
         ),
-        torch_config=TorchConfig(timeout_s=math.ceil(config.ray.collective_timeout)),
+        torch_config=TorchConfig(timeout_s=longest),
         run_config=RunConfig(
             name=ray_name(config),
             storage_path=ray_storage(config),

@@ -17,7 +17,7 @@ from bootvit.addresses import is_address
 from bootvit.config import Config, dump_config, flatten, parse_yaml
 from bootvit.data.facts import DataFacts
 from bootvit.errors import RunFailed, UserError
-from bootvit.files import read_json, write_atomic, write_json
+from bootvit.files import read_json, remove_parts, write_atomic, write_json
 from bootvit.load import load_config, make_config
 from bootvit.mirror import mirrored
 from bootvit.remote import Hold, TakenOver
@@ -178,9 +178,11 @@ class RunFolder:
                 self.path.parent.rmdir()
 
     def write_result(self, result: Result) -> None:
-        """Replace result.json."""
+        """Replace result.json; nothing is left in a finished run of files that killed processes were writing."""
         self.check_lease()
         write_json(self.result, result)
+        if result["status"] == "finished":
+            remove_parts(self.path, before=(self.path / "lease.json").stat().st_mtime)
 
 
 State = Literal["absent", "unfinished", "finished"]
