@@ -14,7 +14,13 @@ from bootvit.load import load_config, make_config
 
 RUNS = sorted(p for p in SHIPPED.rglob("*.yaml") if not {"presets", "sweeps"} & set(p.parts))
 FROM_SCRATCH = ["model.vit.weights=null", "model.agent.weights=null"]  # there is no hub in a test
-WAYS = {"digits": ("none", True), "cifar10": ("crop", True), "cifar100": ("crop", True), "imagenet": ("area", False)}
+WAYS = {
+    "digits": ("none", True),
+    "cifar10": ("crop", True),
+    "cifar100": ("crop", True),
+    "imagenet": ("area", False),
+    "imagefolder": ("area", False),
+}
 
 
 def idle(config: str, *overrides: str, augment: str = "crop", in_memory: bool = True, local: bool = False) -> list[str]:

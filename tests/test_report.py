@@ -353,7 +353,7 @@ def test_the_folders_command_prints_the_table_and_writes_the_page(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     write_runs(tmp_path / "runs")
-    command([tmp_path / "runs"], out=tmp_path / "out")
+    command([str(tmp_path / "runs")], out=tmp_path / "out")
     out = capsys.readouterr().out
     assert "joint.agent" in out
     assert "53.00 ± 0.71 (n=2)" in out
@@ -363,7 +363,7 @@ def test_the_folders_command_prints_the_table_and_writes_the_page(
 def test_json_is_one_strict_document_and_nothing_else(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_runs(tmp_path / "runs")
     make_run(tmp_path / "runs", "nan", {"vit": math.nan}, seed=9)
-    command([tmp_path / "runs"], as_json=True)
+    command([str(tmp_path / "runs")], as_json=True)
     document = json.loads(capsys.readouterr().out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
     assert document == report_json(collect_folders([tmp_path / "runs"]))
     (line,) = [row for row in document["rows"] if row["title"] == "joint.vit"]

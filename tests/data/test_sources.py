@@ -33,13 +33,13 @@ def test_digits_are_scikit_learns_with_a_fifth_for_testing() -> None:
     raw = load_digits()
     splits = open_splits(data_config(source="digits"))
     assert splits.test is not None
-    keys = splits.train.keys + splits.test.rows["key"].to_pylist()
+    keys = splits.train.keys + splits.test.keys
     assert sorted(map(int, keys)) == list(range(1797))
     for label in range(10):
         size = int((raw.target == label).sum())
         assert int((splits.test.labels == label).sum()) == round(size / 5)
         ordered = sorted((str(row) for row in np.flatnonzero(raw.target == label)), key=_sha)
-        assert set(ordered[-round(size / 5) :]) <= set(splits.test.rows["key"].to_pylist())
+        assert set(ordered[-round(size / 5) :]) <= set(splits.test.keys)
     table = splits.train.table
     row = table.rows["key"].to_pylist().index(splits.train.keys[0])
     pixels = table.images.pixels[row]  # type: ignore[union-attr]
@@ -154,7 +154,7 @@ def test_folders_are_listed_once_with_nested_files(tmp_path: Path) -> None:
     assert table.mean == (0.485, 0.456, 0.406)
     test = open_splits(data_config(source="imagenet", root=tmp_path)).test
     assert test is not None
-    assert test.rows["key"].to_pylist() == ["a/img_0000.jpg"]
+    assert test.keys == ["a/img_0000.jpg"]
 
 
 def test_class_folders_in_the_root_are_a_training_split(tmp_path: Path) -> None:
@@ -192,7 +192,7 @@ def test_equal_images_have_different_keys_whatever_the_order(tmp_path: Path) -> 
     one, two = (train_table(source="parquet", root=tmp_path / name) for name in "ab")
     pairs = [set(zip(table.labels.tolist(), table.rows["key"].to_pylist(), strict=True)) for table in (one, two)]
     assert pairs[0] == pairs[1]
-    assert len(set(one.keys)) == 3
+    assert len(set(one.rows["key"].to_pylist())) == 3
 
 
 def test_val_files_stand_in_for_an_unlabelled_test_split(tmp_path: Path) -> None:
@@ -202,7 +202,7 @@ def test_val_files_stand_in_for_an_unlabelled_test_split(tmp_path: Path) -> None
     write_hugging_face(tmp_path / "validation.parquet", images, [1, 0], ["e", "f"])
     test = open_splits(data_config(source="parquet", root=tmp_path)).test
     assert test is not None
-    assert set(test.rows["key"].to_pylist()) == {"e", "f"}
+    assert set(test.keys) == {"e", "f"}
 
 
 def test_fake_images_are_the_same_every_time_and_of_both_kinds() -> None:
