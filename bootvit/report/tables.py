@@ -23,7 +23,10 @@ NETWORKS = ("vit", "agent")
 
 # the table's own axes, and where or how conveniently a run was made; data.fingerprint stands for data.root
 NOT_A_VARIANT = ("name", "seed", "method", "data.fraction", "data.root", "data.workers", "data.eval_batch_size")
-NOT_A_VARIANT_BELOW = ("tracking.", "ray.storage_path", "ray.max_failures", "ray.cpus_per_worker", "ray.use_gpu")
+NOT_A_VARIANT_BELOW = (
+    *("tracking.", "checkpoint.", "model.checkpoint_blocks", "ray.storage_path", "ray.max_failures"),
+    *("ray.cpus_per_worker", "ray.use_gpu", "ray.wait_minutes", "ray.collective_timeout"),
+)
 NO_PEER = ("objective.temperature", "objective.hint_", "optim.agent.")
 UNUSED_BELOW = {
     "vit": ("model.agent.", "objective.agent.", "objective.vit.kd", "objective.vit.hint", *NO_PEER),
