@@ -151,8 +151,10 @@ class Run:
             out[net] = module.eval()
         return out
 
-    def predict(self, images: Picture | Sequence[Picture], top: int = 5, *, best: bool = False) -> list[Chances]:
-        """For each image the `top` most probable classes by network; `best` as in `bootvit predict --best`.
+    def predict(
+        self, images: Picture | Sequence[Picture], top: int = 5, *, best: bool = False, ema: bool = False
+    ) -> list[Chances]:
+        """For each image the `top` most probable classes by network; `best` and `ema` as in `bootvit predict`.
 
         An image is a file, a PIL image, or an array (rows, columns, 3) of uint8, RGB, of any size: it is prepared as
         in the evaluation. Raises `UserError` for one that cannot be read.
@@ -160,9 +162,11 @@ class Run:
         fetch_weights(self.folder, "best" if best else "newest")
         given = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
         if all(isinstance(one, str | os.PathLike) for one in given):
-            rows = predict(self.config, self.path, [Path(one) for one in given], top, best=best)  # type: ignore[arg-type]
+            paths = [Path(one) for one in given]  # type: ignore[arg-type]
+            rows = predict(self.config, self.path, paths, top, best=best, ema=ema)
         else:
-            rows = predict_images(self.config, self.path, [in_memory(one) for one in given], top, best=best)
+            pictures = [in_memory(one) for one in given]
+            rows = predict_images(self.config, self.path, pictures, top, best=best, ema=ema)
         found: list[Chances] = []
         for row in rows:
             if "error" in row:

@@ -233,15 +233,18 @@ class Writer:
 def optimizer_state(optimizer: torch.optim.Optimizer) -> State:
     """An optimiser's state with text keys."""
     state = optimizer.state_dict()
-    return {"state": {str(i): moments for i, moments in state["state"].items()}, "groups": state["param_groups"]}
+    groups = [{k: v for k, v in group.items() if not isinstance(v, torch.dtype)} for group in state["param_groups"]]
+    return {"state": {str(i): moments for i, moments in state["state"].items()}, "groups": groups}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, saved: State) -> None:
     """Inverse of `optimizer_state`; moments lie in memory as their weights do."""
     state = {int(i): moments for i, moments in saved["state"].items()}
     # how it is computed is this process's choice, and no part of what was saved
-    own = [{"fused": group["fused"], "foreach": group["foreach"]} for group in optimizer.param_groups]
-    groups = [group | ours for group, ours in zip(saved["groups"], own, strict=True)]
+    groups = [
+        group | {k: v for k, v in own.items() if k in ("fused", "foreach") or k not in group}
+        for group, own in zip(saved["groups"], optimizer.state_dict()["param_groups"], strict=True)
+    ]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     for parameter, moments in optimizer.state.items():
         for name, value in moments.items():

@@ -90,6 +90,7 @@ RunName = Annotated[
 ]
 Local = Annotated[bool, typer.Option("--local", help="in this process, without Ray")]
 Best = Annotated[bool, typer.Option("--best", help="the checkpoint that checkpoint.best has kept, not the newest")]
+Ema = Annotated[bool, typer.Option("--ema", help="the averaged weights that optim.ema has kept, not the last ones")]
 Json = Annotated[bool, typer.Option("--json", help="one JSON document on stdout")]
 
 
@@ -174,6 +175,8 @@ def evaluate(
     for net, counts in found.counts.items():
         right = f"{counts['correct']} of {counts['total']}"
         typer.echo(f"{net}: top-1 {counts['top1']:.2f}% ({right}), top-5 {counts['top5']:.2f}%")
+        if "ema_top1" in counts:
+            typer.echo(f"{net}, averaged weights: top-1 {counts['ema_top1']:.2f}%, top-5 {counts['ema_top5']:.2f}%")
 
 
 @app.command()
@@ -182,6 +185,7 @@ def predict(
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files, and folders of them")],
     top: Annotated[int, typer.Option(min=1, help="classes an image")] = 5,
     best: Best = False,
+    ema: Ema = False,
     as_json: Json = False,
 ) -> int:
     """Class names and probabilities of images; status 1 if one of them could not be read.
@@ -196,7 +200,7 @@ def predict(
     config, folder = open_run(run, "best" if best else "newest")
     rows = []
     failed = False
-    for row in guess(config, folder.path, images, top, best=best):
+    for row in guess(config, folder.path, images, top, best=best, ema=ema):
         if as_json:
             rows.append(row)
         if "error" in row:
@@ -539,6 +543,7 @@ def export(
     network: Annotated[Optional[str], typer.Option(metavar="vit|agent", help="default: the run's first")] = None,  # noqa: UP045
     out: Annotated[Optional[Path], typer.Option(help="file, or folder for timm; default: RUN/export/")] = None,  # noqa: UP045
     best: Best = False,
+    ema: Ema = False,
 ) -> None:
     """Write a run's weights in a format that others load.
 
@@ -550,7 +555,7 @@ def export(
     from bootvit.runs import open_run
 
     config, folder = open_run(run, "best" if best else "newest")
-    made = write(config, folder.path, form, network=network, out=out, best=best)
+    made = write(config, folder.path, form, network=network, out=out, best=best, ema=ema)
     typer.echo(made if out else folder.keep_export(made))
 
 

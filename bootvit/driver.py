@@ -25,6 +25,7 @@ from bootvit.learner import World
 from bootvit.load import load_config
 from bootvit.loop import TestUse, check_evaluable, fit
 from bootvit.models.checks import check_batches
+from bootvit.objective import class_weights
 from bootvit.progress import follow_progress, opening, run_steps
 from bootvit.ray_connection import start_ray
 from bootvit.ray_workers import run_under_ray
@@ -90,6 +91,7 @@ def check(config: Config, *, local: bool, resume: bool) -> DataSplits:
     splits = open_splits(config.data)
     check_evaluable(config, splits)
     check_batches(config, len(splits.train))
+    class_weights(config.objective, splits.train.labels, len(splits.classes))
     there = found_run(place_of(config)) if resume and run_state(place_of(config)) != "absent" else None
     if there is not None:
         check_same_data(there, facts_of(splits, config))

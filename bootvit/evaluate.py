@@ -33,11 +33,21 @@ class Evaluation(NamedTuple):
     skipped: dict[str, str]  # broken images left out (data.on_error=skip): {image: reason}
 
 
-def read_checkpoint(run_dir: Path, *, best: bool = False) -> dict[str, Any]:
+def read_checkpoint(run_dir: Path, *, best: bool = False, ema: bool = False) -> dict[str, Any]:
     """The content of a run's newest verified checkpoint, or of the weights that MLflow has kept of one.
 
-    `best` is the one that `checkpoint.best` has kept. Raises `UserError` where there is none.
+    `best` is the one that `checkpoint.best` has kept; with `ema` its networks are the averaged ones. Raises `UserError`
+    where there is none.
     """
+    state = _read(run_dir, best=best)
+    if ema:
+        if "ema" not in state["learner"]:
+            raise UserError(f"{run_dir}: --ema: no averaged weights were kept: train with optim.ema=0.9999")
+        state["learner"]["networks"] = state["learner"]["ema"]
+    return state
+
+
+def _read(run_dir: Path, *, best: bool) -> dict[str, Any]:
     if best:
         saved = checkpoint.best_of(run_dir / "checkpoints")
         if saved is None:
@@ -84,7 +94,7 @@ def evaluate_here(config: Config, run_dir: Path, world: World, *, best: bool = F
     facts = DataFacts.from_dict(state["data"])
     splits = open_for(config, facts)
     learner = Learner(config, len(facts.classes), world)
-    learner.networks.load_state_dict(state["learner"]["networks"])
+    learner.load_state_dict({key: own for key, own in state["learner"].items() if key in ("networks", "ema")})
     subset = splits.test or splits.held_out
     assert subset is not None
     batches = EvalBatches(subset, config, facts.preparation, rank=world.rank, world=world.size, device=world.device)
@@ -93,14 +103,16 @@ def evaluate_here(config: Config, run_dir: Path, world: World, *, best: bool = F
 
 
 def document(counts: Counts) -> dict[str, float | int]:
-    """`eval --json`'s value for one network."""
-    return {
+    """`eval --json`'s value for one network; what averaged weights do is in keys with `ema_` before them."""
+    found = {
         "correct": counts.correct,
         "correct5": counts.correct5,
         "total": counts.total,
         "top1": round(counts.top1, 4),
         "top5": round(counts.top5, 4),
     }
+    averaged = {} if counts.ema is None else document(counts.ema)
+    return found | {f"ema_{name}": value for name, value in averaged.items()}
 
 
 def eval_worker(job: dict[str, Any]) -> tuple[Any, ...]:

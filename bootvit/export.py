@@ -96,8 +96,11 @@ def export(
     network: str | None = None,
     out: Path | None = None,
     best: bool = False,
+    ema: bool = False,
 ) -> Path:
     """Write one network of the run's newest checkpoint, or its best; returns the file (timm: the folder) written.
+
+    With `ema` its averaged weights.
 
     Beside an ONNX or TorchScript file lies a JSON file with what the file itself holds too: class names and how an
     image is prepared. Nothing is at the target unless all of it is there and was checked.
@@ -107,9 +110,9 @@ def export(
     net = next((own for own in config.networks if network in (None, own)), None)
     if net is None:
         raise UserError(f"--network {network}: this run (method={config.method}) has only {', '.join(config.networks)}")
-    target = out or run_dir / "export" / f"{config.name}-{net}{ENDINGS[form]}"
+    target = out or run_dir / "export" / f"{config.name}-{net}{'-ema' if ema else ''}{ENDINGS[form]}"
     check_target(target, form, given=out is not None)
-    state = read_checkpoint(run_dir, best=best)
+    state = read_checkpoint(run_dir, best=best, ema=ema)
     facts = Facts(net, DataFacts.from_dict(state["data"]))
     networks = Networks(config, len(facts.data.classes))
     networks.load_state_dict(state["learner"]["networks"])

@@ -78,7 +78,8 @@ RULES: tuple[Rule, ...] = (
     ("model.agent. objective.agent.", lambda r: r.config.method == "vit", "method=vit trains no agent"),
     ("model.vit.", lambda r: r.no_vit and r.cnn, "a CNN of timm mirrors no ViT"),
     (
-        "model.vit.attention model.vit.norm_eps model.vit.dropout model.vit.pos_dropout model.vit.weights "
+        "model.vit.attention model.vit.norm_eps model.vit.dropout model.vit.pos_dropout model.vit.drop_path "
+        "model.vit.weights "
         "objective.vit.",
         lambda r: r.no_vit,
         "method=agent trains no ViT",
@@ -86,7 +87,7 @@ RULES: tuple[Rule, ...] = (
     (
         "model.agent.norm model.agent.stem model.agent.patch model.agent.downsample model.agent.taps "
         "model.agent.heads model.agent.mlp_width model.agent.dropout model.agent.residual_dropout "
-        "model.agent.value_bias",
+        "model.agent.drop_path model.agent.value_bias",
         lambda r: r.cnn,
         "a CNN of timm is as timm builds it",
     ),
@@ -119,8 +120,14 @@ RULES: tuple[Rule, ...] = (
         "objective.hint_decay=none",
     ),
     ("optim.agent. schedule.agent.", lambda r: r.config.method != "joint", "method=joint only"),
-    ("optim.momentum", lambda r: all(optim.name != "sgd" for optim in r.optims), "sgd only"),
-    ("optim.agent.momentum", lambda r: r.optims[-1].name != "sgd", "sgd only"),
+    ("optim.momentum", lambda r: all(optim.name == "adamw" for optim in r.optims), "adamw has none"),
+    ("optim.agent.momentum", lambda r: r.optims[-1].name == "adamw", "adamw has none"),
+    ("optim.decay_vectors", lambda r: all(optim.weight_decay == 0 for optim in r.optims), "optim.weight_decay=0"),
+    (
+        "objective.label_smoothing objective.class_weights",
+        lambda r: not any(getattr(r.config.objective, net).ce for net in r.config.networks),
+        "there is no ce",
+    ),
     ("optim.clip_scope", lambda r: r.config.method != "shared", "method=shared only"),
     ("optim.clip_when optim.clip_scope", lambda r: r.unclipped, "optim.clip_norm=null"),
     ("optim.sam_clip", lambda r: r.config.optim.sam_rho is None, "optim.sam_rho=null"),

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bootvit.checkpoint import optimizer_state, restore_optimizer
-from bootvit.config import Config, Network, ScheduleConfig
+from bootvit.config import Config, Network, OptimConfig, ScheduleConfig
 from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed
 from bootvit.models import Features
+from bootvit.models.agent import TimmCNN
 from bootvit.models.checks import parts_of
 from bootvit.models.dropout import use_byte_dropout
 from bootvit.models.sync import synchronise_norms
@@ -25,6 +27,7 @@ from bootvit.models.vit import vit_features
 from bootvit.models.zoo import build_agent, build_vit
 from bootvit.objective import LossTerms, loss_terms, mean_terms, total_loss
 from bootvit.optim import (
+    Group,
     build_optimizer,
     climb,
     clip,
@@ -32,11 +35,13 @@ from bootvit.optim import (
     linear_decay,
     network_optim,
     network_schedule,
+    parameter_groups,
     put_back,
 )
 
-# of weights; bf16 is autocast
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
+# of weights; bf16 and fp16 are autocast
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class World(NamedTuple):
@@ -55,6 +60,8 @@ class Networks(nn.Module):
         self.config = config
         self.vit = build_vit(config, num_classes) if "vit" in config.networks else None
         self.agent = build_agent(config, num_classes, self.vit) if "agent" in config.networks else None
+        self.class_weights: Tensor | None  # (classes,) of the cross entropy
+        self.register_buffer("class_weights", None, persistent=False)
 
     def features(self, images: Tensor) -> dict[Network, Features]:
         """Every network's features of `images` (batch, 3, rows, cols)."""
@@ -72,7 +79,9 @@ class Networks(nn.Module):
         peer: dict[Network, Network] = {"vit": "agent", "agent": "vit"}
         objective = self.config.objective
         return {
-            net: loss_terms(own, features.get(peer[net]), labels, getattr(objective, net), objective)
+            net: loss_terms(
+                own, features.get(peer[net]), labels, getattr(objective, net), objective, self.class_weights
+            )
             for net, own in features.items()
         }
 
@@ -80,6 +89,14 @@ class Networks(nn.Module):
         """The parameters of one network; those that both use belong to the ViT."""
         module = self.vit if network == "vit" else self.agent
         return list(module.parameters()) if module is not None else []
+
+    def grouped(self, parameters: list[nn.Parameter], optim: OptimConfig) -> list[nn.Parameter] | list[Group]:
+        """Some of the parameters as an optimiser takes them: with groups where the settings ask for them."""
+        if optim.decay_vectors and optim.layer_decay is None:
+            return parameters
+        agent = self.agent.cnn if isinstance(self.agent, TimmCNN) else self.agent
+        only = set(parameters)
+        return [g for module in (self.vit, agent) if module is not None for g in parameter_groups(module, optim, only)]
 
 
 class OptimGroup(NamedTuple):
@@ -96,16 +113,23 @@ class OptimGroup(NamedTuple):
 class Learner:
     """Owns the networks and their optimisers."""
 
-    def __init__(self, config: Config, num_classes: int, world: World) -> None:
+    def __init__(
+        self, config: Config, num_classes: int, world: World, class_weights: Sequence[float] | None = None
+    ) -> None:
         torch.manual_seed(config.seed)
         self.config, self.world = config, world
         networks = Networks(config, num_classes).to(memory_format=torch.channels_last)
+        if class_weights is not None:
+            networks.class_weights = torch.tensor(class_weights)
         self.networks = networks.to(world.device, PRECISIONS[config.precision])
         if world.device.type == "cpu" and not config.compile:  # a compiler fuses torch's own into its kernels
             use_byte_dropout(self.networks)
         if config.model.agent.sync_norm and world.size > 1:
             self.networks = synchronise_norms(self.networks, world.device)
         self.groups = self._groups()
+        decay = config.optim.ema
+        self.ema = None if decay is None else ModelEmaV3(self.networks, decay, use_warmup=True)
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=config.precision == "fp16")
         self.term_names = self._term_names()
         self._ddp = self._across_workers()
         forward: Any = self._ddp or self.networks
@@ -128,7 +152,7 @@ class Learner:
             clipped = nets.own_parameters("vit") if only_vit else parameters
             groups.append(
                 OptimGroup(
-                    build_optimizer(parameters, optim),
+                    build_optimizer(nets.grouped(parameters, optim), optim),
                     optim.lr,
                     network_schedule(self.config.schedule, net, joint),
                     optim.clip_norm,
@@ -199,7 +223,7 @@ class Learner:
                     terms: dict[Network, LossTerms] = self._forward(images, labels)
                 # DDP averages over workers: weighting by the share of the batch makes uneven shares exact
                 loss = total_loss(terms, self.config.objective, self.decay(epoch)) * (share * self.world.size * weight)
-                loss.backward()  # type: ignore[no-untyped-call]
+                self.scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             found.append((weight, terms))
         mean = {net: mean_terms([(weight, terms[net]) for weight, terms in found]) for net in self.config.networks}
         losses = [mean[net].total(getattr(self.config.objective, net), self.decay(epoch)) for net in mean]
@@ -214,11 +238,16 @@ class Learner:
         optim = self.config.optim
         clipping = (optim.clip_when == "every" or step == 0) and (optim.sam_rho is None or optim.sam_clip)
         for group in self.groups:
+            self.scaler.unscale_(group.optimizer)
             if group.clip_norm is not None and clipping:
                 clip(group.clipped, group.clip_norm)
+            rate = learning_rate(group.schedule, group.base_lr, progress)
             for parameters in group.optimizer.param_groups:
-                parameters["lr"] = learning_rate(group.schedule, group.base_lr, progress)
-            group.optimizer.step()
+                parameters["lr"] = rate * parameters.get("lr_scale", 1.0)
+            self.scaler.step(group.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.networks, step)
 
     def _record(self, terms: dict[Network, LossTerms], losses: list[Tensor]) -> Tensor:
         values = []
@@ -227,9 +256,8 @@ class Learner:
         return torch.stack(values)
 
     def _autocast(self) -> AbstractContextManager[None]:
-        if self.config.precision == "bf16":
-            return torch.autocast(self.world.device.type, torch.bfloat16)
-        return nullcontext()
+        dtype = AUTOCAST.get(self.config.precision)
+        return nullcontext() if dtype is None else torch.autocast(self.world.device.type, dtype)
 
     # ------------------------------------------------------------------------------------------ evaluation
 
@@ -241,17 +269,19 @@ class Learner:
         """
         self.networks.eval()
         self._share_buffers()
-        counts = torch.zeros(len(self.config.networks), 4, dtype=torch.float64, device=self.world.device)
+        models = [self.networks] if self.ema is None else [self.networks, self.ema.module]
+        counts = torch.zeros(len(models), len(self.config.networks), 4, dtype=torch.float64, device=self.world.device)
         for batch in batches:
-            with self._autocast():
-                features = self.networks.features(batch.images)
-            counts += torch.stack([count(own.logits, batch.labels) for own in features.values()])
+            for model, own in zip(models, counts, strict=True):
+                with self._autocast():
+                    features = model.features(batch.images)
+                own += torch.stack([count(found.logits, batch.labels) for found in features.values()])
         if self.world.size > 1:
             dist.all_reduce(counts)
-        out = {
-            net: Counts(int(row[0]), int(row[1]), int(row[2]), float(row[3]))
-            for net, row in zip(self.config.networks, counts.cpu(), strict=True)
-        }
+        last, *averaged = [[Counts.of(row) for row in rows] for rows in counts.tolist()]
+        out = dict(zip(self.config.networks, last, strict=True))
+        for rows in averaged:
+            out = {net: own._replace(ema=ema) for (net, own), ema in zip(out.items(), rows, strict=True)}
         for net, own in out.items():
             if not own.total:
                 raise RunFailed("none of the images of the evaluation can be read")
@@ -265,7 +295,8 @@ class Learner:
     def _share_buffers(self) -> None:
         """Unsynchronised BatchNorm statistics differ between workers: rank 0's are the ones that are kept."""
         if self.world.size > 1:
-            for buffer in self.networks.buffers():
+            averaged = [] if self.ema is None else list(self.ema.module.buffers())
+            for buffer in (*self.networks.buffers(), *averaged):
                 dist.broadcast(buffer, src=0)
 
     # ------------------------------------------------------------------------------------------ state
@@ -277,17 +308,23 @@ class Learner:
         return next((name for (name, _), ok in zip(named, finite, strict=True) if not ok), None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Weights, BatchNorm statistics and optimiser moments."""
+        """Weights, BatchNorm statistics, their moving averages, optimiser moments and the scale of the loss."""
         return {
             "networks": self.networks.state_dict(),
             "optimizers": [optimizer_state(group.optimizer) for group in self.groups],
+            **({} if self.ema is None else {"ema": self.ema.module.state_dict()}),
+            **({"scaler": self.scaler.state_dict()} if self.scaler.is_enabled() else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Inverse of `state_dict`; without optimisers only the weights are taken."""
         self.networks.load_state_dict(state["networks"])
+        if self.ema is not None:
+            self.ema.module.load_state_dict(state.get("ema") or state["networks"])
         for group, saved in zip(self.groups, state.get("optimizers") or [], strict=False):
             restore_optimizer(group.optimizer, saved)
+        if "scaler" in state:
+            self.scaler.load_state_dict(state["scaler"])
 
 
 class Counts(NamedTuple):
@@ -297,6 +334,12 @@ class Counts(NamedTuple):
     correct5: int
     total: int
     loss_sum: float
+    ema: Counts | None = None  # those of the moving average of the weights
+
+    @classmethod
+    def of(cls, row: Sequence[float]) -> Counts:
+        """From what `count` gives."""
+        return cls(int(row[0]), int(row[1]), int(row[2]), row[3])
 
     @property
     def top1(self) -> float:

@@ -20,6 +20,7 @@ from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
 from bootvit.learner import Counts, Learner, World
 from bootvit.meter import Meter
+from bootvit.objective import class_weights
 from bootvit.result import Accuracy, Best, EpochReport, Result, new_result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
@@ -83,7 +84,7 @@ def epochs(
     try:
         if training.ends_an_epoch and not training.told:  # cut between its checkpoint and its evaluation
             yield training.end_epoch()
-        while training.at.step < training.total:
+        while training.at.step < training.total and not training.given_up:
             training.train_epoch()
             yield training.end_epoch()
         return training.finish()
@@ -99,7 +100,9 @@ class Training:
         self.config, self.world, self.folder, self.test, self.asked = config, world, folder, test, asked
         self.splits = open_splits(config.data)
         check_evaluable(config, self.splits)
-        self.learner = Learner(config, len(self.splits.classes), world)
+        classes = len(self.splits.classes)
+        weights = class_weights(config.objective, self.splits.train.labels, classes)
+        self.learner = Learner(config, classes, world, weights)
         self.facts = facts_of(self.splits, config)
         self.at = self._restore()
         self.batches = TrainBatches(
@@ -111,6 +114,7 @@ class Training:
         self.agreement = Agreement(world.size)
         self.writer = Writer(folder.checkpoints, config.checkpoint, folder.check_lease)
         self.scores: dict[str, Scores] = {}
+        self.given_up = self._gives_up({})
 
     # ------------------------------------------------------------------------------------------ going on
 
@@ -222,6 +226,10 @@ class Training:
         if last or at.epoch % self.config.schedule.eval_every == 0:
             with self._telling_what_is_left():
                 self.scores = self._evaluate(last)
+                self.given_up = not last and self._gives_up(metrics_of(self.scores))
+                if self.given_up:
+                    last = True
+                    self.scores |= self._evaluate(last, held_out=False)
             metrics = metrics_of(self.scores)
         self._count_seconds()
         self.writer.wait()
@@ -232,11 +240,24 @@ class Training:
         self._write(metrics | skipped | {"epoch": float(at.epoch)}, at.epoch - 1)
         return EpochReport(at.epoch, at.step, metrics, last)
 
-    def _evaluate(self, last: bool) -> dict[str, Scores]:
-        """Counts on the held-out part and, where `test` allows it now, on the test set."""
+    def _gives_up(self, metrics: dict[str, float]) -> bool:
+        """Whether, after an evaluation that is not in the journal yet, `schedule.patience` is at its end.
+
+        It follows from the journal, so that a run that goes on ends where it would have ended.
+        """
+        patience = self.config.schedule.patience
+        if patience is None:
+            return False
+        name = f"held_out/{self.config.networks[0]}/top1"
+        records = read_journal(self.folder.journal)[0] if self.world.rank == 0 else []
+        values = [r.value for r in records if r.name == name] + [v for key, v in metrics.items() if key == name]
+        return from_rank_0(bool(values) and len(values) - 1 - values.index(max(values)) >= patience, self.world)
+
+    def _evaluate(self, last: bool, *, held_out: bool = True) -> dict[str, Scores]:
+        """Counts on the held-out part, unless it is left out, and, where `test` allows it now, on the test set."""
         config, splits, world = self.config, self.splits, self.world
         now = self.test != "never" and (last or (self.test == "auto" and splits.held_out is None))
-        wanted: dict[str, Subset | None] = {"held_out": splits.held_out, "test": splits.test if now else None}
+        wanted: dict[str, Subset | None] = {"held_out": splits.held_out if held_out else None, "test": splits.test if now else None}
         scores: dict[str, Scores] = {}
         for name, subset in wanted.items():
             if subset is None:
@@ -353,8 +374,15 @@ def metrics_of(scores: dict[str, Scores]) -> dict[str, float]:
         f"{split}/{net}/{name}": getattr(counts, name)
         for split, by_net in scores.items()
         for net, counts in by_net.items()
-        for name in ("top1", "top5", "loss")
+        for name, value in measures_of(counts).items()
     }
+
+
+def measures_of(counts: Counts) -> dict[str, float]:
+    """One network's measures by name, in percent where they are shares; `ema_` before those of averaged weights."""
+    found = {"top1": counts.top1, "top5": counts.top5, "loss": counts.loss}
+    averaged = {} if counts.ema is None else measures_of(counts.ema)
+    return found | {f"ema_{name}": value for name, value in averaged.items()}
 
 
 def best_metric(config: Config, metrics: dict[str, float]) -> str:
@@ -364,10 +392,13 @@ def best_metric(config: Config, metrics: dict[str, float]) -> str:
 
 
 def percent(scores: Scores | None) -> Accuracy | None:
-    """{"vit": {"top1", "top5"}, ...} in percent."""
+    """{"vit": {"top1", "top5"}, ...} in percent, with "ema_top1" and "ema_top5" where weights are averaged."""
     if scores is None:
         return None
-    return {net: {"top1": round(c.top1, 4), "top5": round(c.top5, 4)} for net, c in scores.items()}
+    return {
+        net: {name: round(value, 4) for name, value in measures_of(c).items() if not name.endswith("loss")}
+        for net, c in scores.items()
+    }
 
 
 def best(records: list[Record], split: str, networks: tuple[Network, ...]) -> dict[Network, Best]:

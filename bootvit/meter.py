@@ -47,7 +47,7 @@ class Meter:
                 raise RunFailed(f"the loss is not finite at step {step}: {terms}")
         now = time.monotonic()
         metrics = {f"train/{name}": value for name, value in zip(names, values.mean(0).tolist(), strict=True)}
-        metrics["train/lr"] = self._learner.groups[0].optimizer.param_groups[0]["lr"]
+        metrics["train/lr"] = max(group["lr"] for group in self._learner.groups[0].optimizer.param_groups)
         metrics["train/images_per_second"] = self._images / max(now - self._since, 1e-9)
         self._rows, self._steps, self._images, self._since = [], [], 0, now
         return metrics

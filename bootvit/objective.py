@@ -7,10 +7,13 @@ MSE(LN(m's map), LN(p's map)); the peer's side is detached, and a term of weight
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch.nn.functional as F
 from torch import Tensor
 
 from bootvit.config import Network, NetworkObjective, ObjectiveConfig
+from bootvit.errors import UserError
 from bootvit.models import Features
 
 
@@ -37,9 +40,13 @@ def loss_terms(
     labels: Tensor,
     weights: NetworkObjective,
     objective: ObjectiveConfig,
+    class_weights: Tensor | None = None,
 ) -> LossTerms:
-    """`student`'s terms; without a peer only cross entropy. `labels` (batch,) int64."""
-    ce = F.cross_entropy(student.logits, labels) if weights.ce else None
+    """`student`'s terms; without a peer only cross entropy.
+
+    `labels` (batch,) int64, or (batch, classes) shares of mixed images; `class_weights` (classes,).
+    """
+    ce = cross_entropy(student.logits, labels, objective.label_smoothing, class_weights) if weights.ce else None
     if peer is None:
         return LossTerms(ce, None, None)
     kd = kd_loss(student.kd_logits, peer.kd_logits, objective.temperature) if weights.kd else None
@@ -47,6 +54,34 @@ def loss_terms(
     if weights.hint:
         hint = hint_loss(student.blocks, peer.blocks, objective.hint_pool, objective.hint_norm)
     return LossTerms(ce, kd, hint)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, weights: Tensor | None) -> Tensor:
+    """Mean over the batch of the weighted cross entropies.
+
+    torch divides by the sum of the weights of hard labels: a batch in parts would not be the batch as a whole.
+    """
+    if weights is None:
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing)
+    total = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)
+    return total / len(labels)
+
+
+def class_weights(objective: ObjectiveConfig, labels: npt.NDArray[np.int64], classes: int) -> list[float] | None:
+    """The weight of every class for training images of these labels; None: 1 for all.
+
+    balanced: as scikit-learn's; a class without images counts 1. Raises `UserError` for another number of weights.
+    """
+    given = objective.class_weights
+    if given == "none":
+        return None
+    if given != "balanced":
+        if len(given) != classes:
+            raise UserError(f"objective.class_weights: {len(given)} weights for {classes} classes")
+        return list(given)
+    counts = np.bincount(labels, minlength=classes)
+    present = int((counts > 0).sum())
+    return [len(labels) / (present * count) if count else 1.0 for count in counts.tolist()]
 
 
 def mean_terms(parts: Sequence[tuple[float, LossTerms]]) -> LossTerms:

@@ -1,12 +1,17 @@
 """Learning rates, decay, optimisers, clipping and sharpness-aware minimisation, as functions of plain numbers."""
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 from math import cos, floor, pi
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from bootvit.config import Network, OptimConfig, ScheduleConfig
+from bootvit.errors import UserError
+
+Group = dict[str, Any]  # parameters of one optimiser with settings of their own
 
 
 def learning_rate(schedule: ScheduleConfig, base: float, epoch: float) -> float:
@@ -46,12 +51,57 @@ def network_schedule(schedule: ScheduleConfig, network: Network, joint: bool) ->
     return schedule.model_copy(update={k: v for k, v in schedule.agent.model_dump().items() if v is not None})
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """AdamW (decay on every parameter, as in the paper) or SGD; fused: one pass over memory, on the CPU and on CUDA."""
+def build_optimizer(parameters: Iterable[nn.Parameter] | list[Group], optim: OptimConfig) -> torch.optim.Optimizer:
+    """AdamW or SGD, fused: one pass over memory, on the CPU and on CUDA; or another optimiser of timm by its name."""
+    lr, decay, momentum = optim.lr, optim.weight_decay, optim.momentum
     if optim.name == "sgd":
-        decay, momentum = optim.weight_decay, optim.momentum
-        return torch.optim.SGD(parameters, lr=optim.lr, momentum=momentum, weight_decay=decay, fused=True)
-    return torch.optim.AdamW(parameters, lr=optim.lr, weight_decay=optim.weight_decay, fused=True)
+        return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=decay, fused=True)
+    if optim.name == "adamw":
+        return torch.optim.AdamW(parameters, lr=lr, weight_decay=decay, fused=True)
+    from timm.optim import create_optimizer_v2
+
+    made: torch.optim.Optimizer = create_optimizer_v2(
+        list(parameters), opt=optim.name, lr=lr, weight_decay=decay, momentum=momentum
+    )
+    return made
+
+
+def parameter_groups(module: nn.Module, optim: OptimConfig, only: set[nn.Parameter]) -> list[Group]:
+    """timm's groups of those of a network's parameters that are in `only`: rates by layer, no decay on vectors."""
+    from timm.optim import param_groups_layer_decay, param_groups_weight_decay
+
+    tokens = module.no_weight_decay() if hasattr(module, "no_weight_decay") and not optim.decay_vectors else set()
+    given = {"weight_decay": optim.weight_decay, "no_weight_decay_list": tokens}
+    given["weight_decay_exclude_1d"] = not optim.decay_vectors
+    if optim.layer_decay is not None:
+        groups = param_groups_layer_decay(module, layer_decay=optim.layer_decay, **given)
+    else:
+        groups = param_groups_weight_decay(module, **given)
+    mine = [group | {"params": [p for p in group["params"] if p in only]} for group in groups]
+    return [group for group in mine if group["params"]]
+
+
+def check_optimizer(key: str, optim: OptimConfig) -> None:
+    """Raise `UserError` unless an optimiser of this name can take a step."""
+    if optim.name in ("adamw", "sgd"):
+        return
+    from timm.optim import list_optimizers
+
+    if optim.name not in list_optimizers():
+        near = get_close_matches(optim.name, ["adamw", "sgd", *list_optimizers()], n=1)
+        raise UserError(
+            f"{key}={optim.name!r}: expected adamw, sgd or an optimiser of timm"
+            + (f"; the nearest is {near[0]!r}" if near else "")
+        )
+    if optim.name.startswith("kron"):  # its first step compiles, for minutes
+        raise UserError(f"{key}={optim.name!r}: not used here, because it compiles itself first; use muon or adamw")
+    try:
+        weight = nn.Parameter(torch.zeros(2, 2))
+        weight.grad = torch.ones(2, 2)
+        build_optimizer([weight], optim).step()
+    except (Exception, SystemExit) as err:  # what they need and lack, they say in ways that have no class in common
+        reason = " ".join(str(err).split())[:150] or type(err).__name__
+        raise UserError(f"{key}={optim.name!r}: timm's optimiser cannot be used here: {reason}") from err
 
 
 def clip(parameters: Sequence[nn.Parameter], max_norm: float) -> None:

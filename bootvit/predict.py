@@ -28,7 +28,7 @@ Row = dict[str, Any]
 
 
 def predict(
-    config: Config, run_dir: Path, images: Sequence[Path], top: int = 5, *, best: bool = False
+    config: Config, run_dir: Path, images: Sequence[Path], top: int = 5, *, best: bool = False, ema: bool = False
 ) -> Iterator[Row]:
     """The most probable classes of image files and of all images below folders, a batch in memory at a time.
 
@@ -37,15 +37,21 @@ def predict(
     """
     paths = [path for given in images for path in files_of(given)]
     names = [printable(path) for path in paths]
-    yield from answers(config, run_dir, lambda facts: of_files(paths, facts), names, top, best=best)
+    yield from answers(config, run_dir, lambda facts: of_files(paths, facts), names, top, best=best, ema=ema)
 
 
 def predict_images(
-    config: Config, run_dir: Path, images: Sequence[Image.Image], top: int = 5, *, best: bool = False
+    config: Config,
+    run_dir: Path,
+    images: Sequence[Image.Image],
+    top: int = 5,
+    *,
+    best: bool = False,
+    ema: bool = False,
 ) -> Iterator[Row]:
     """The same of images in memory, prepared as if they were read from files; their names are their numbers."""
     names = [str(number) for number in range(len(images))]
-    yield from answers(config, run_dir, lambda facts: of_images(images, facts), names, top, best=best)
+    yield from answers(config, run_dir, lambda facts: of_images(images, facts), names, top, best=best, ema=ema)
 
 
 def answers(
@@ -56,9 +62,10 @@ def answers(
     top: int,
     *,
     best: bool,
+    ema: bool,
 ) -> Iterator[Row]:
     """The rows of the images of a subset, each under its name."""
-    state = read_checkpoint(run_dir, best=best)
+    state = read_checkpoint(run_dir, best=best, ema=ema)
     facts = DataFacts.from_dict(state["data"])
     world = World(0, 1, pick_device(config.ray.use_gpu))
     learner = Learner(config, len(facts.classes), world)

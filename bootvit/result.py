@@ -9,7 +9,7 @@ from bootvit.config import Config, Method, Network
 from bootvit.files import read_json
 
 RunStatus = Literal["finished", "failed", "interrupted"]
-Accuracy = dict[Network, dict[Literal["top1", "top5"], float]]  # in percent
+Accuracy = dict[Network, dict[str, float]]  # {"vit": {"top1": 45.8, ...}, ...}, in percent
 
 
 class EpochReport(NamedTuple):

@@ -182,7 +182,8 @@ def ours(path: Path, key: str) -> bool:
 def weights_only(saved: checkpoint.Saved, folder: Path) -> Path:
     """Write a checkpoint's networks without the optimiser, and what the run knows of its data; returns the file."""
     state = checkpoint.load(saved)
-    kept = {"learner": {"networks": state["learner"]["networks"]}, "data": state["data"]}
+    networks = {key: state["learner"][key] for key in ("networks", "ema") if key in state["learner"]}
+    kept = {"learner": networks, "data": state["data"]}
     path = folder / f"weights-{saved.path.stem}.safetensors"
     write_atomic(path, checkpoint.pack(kept))
     return path

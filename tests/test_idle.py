@@ -134,7 +134,7 @@ def test_training_says_it_once_and_trains(
     lines = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
     assert lines == [
         "bootvit: warning: these keys do nothing in this run: data.crop_padding (augment is not crop), "
-        "optim.momentum (sgd only)"
+        "optim.momentum (adamw has none)"
     ]
     assert json.loads((tmp_path / "runs" / "tiny" / "result.json").read_text())["status"] == "finished"
     assert main([*command, "--overwrite"]) == 0

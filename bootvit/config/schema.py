@@ -65,6 +65,11 @@ class ViTConfig(Section):
     )
     dropout: Rate = Field(0.0, description="Dropout on attention weights, on both residual branches and in the MLPs.")
     pos_dropout: Rate = Field(0.0, description="Dropout after the position table is added to the tokens.")
+    drop_path: Rate = Field(
+        0.0,
+        description="Stochastic depth: how often the last block's branches are left out for an image; it rises from 0 "
+        "at the first block.",
+    )
     weights: Address | None = Field(
         None,
         description="What to start from: a run, its checkpoint, a timm export, a file, or timm (its hub); null: from "
@@ -106,6 +111,9 @@ class AgentConfig(Section):
     )
     residual_dropout: Rate | None = Field(
         None, description="Dropout on both branches of a block; null: 0, and the ViT's in shared training."
+    )
+    drop_path: Rate | None = Field(
+        None, description="Stochastic depth of the agent, as the ViT's; null: 0, and the ViT's in shared training."
     )
     sync_norm: bool = Field(False, description="Whether BatchNorm takes its statistics over all workers.")
     value_bias: bool = Field(
@@ -198,6 +206,14 @@ class ObjectiveConfig(Section):
     read_by = ("bootvit/objective.py", "bootvit/learner.py")
     vit: NetworkObjective = NetworkObjective(hint=10.0)
     agent: NetworkObjective = NetworkObjective()
+    label_smoothing: Rate = Field(
+        0.0, description="Share of each label in the cross entropies that is spread evenly over all classes."
+    )
+    class_weights: Literal["none", "balanced"] | tuple[Positive, ...] = Field(
+        "none",
+        description="What an image's cross entropy is multiplied by, class by class; balanced: images / (classes * "
+        "images of its class).",
+    )
     temperature: Positive = Field(4.0, description="What logits are divided by before their softened predictions.")
     hint_decay: Literal["linear", "none"] = Field(
         "linear", description="Whether decayed terms fall to zero over the run, epoch by epoch, or keep their weight."
@@ -213,7 +229,7 @@ class AgentOptimConfig(Section):
     """What the agent's optimiser does differently in joint training; null: as the ViT's."""
 
     read_by = ("bootvit/optim.py",)
-    name: Literal["adamw", "sgd"] | None = Field(None, description="The agent's optimiser; null: the ViT's.")
+    name: str | None = Field(None, description="The agent's optimiser; null: the ViT's.")
     lr: Positive | None = Field(None, description="The agent's learning rate; null: the ViT's.")
     weight_decay: Weight | None = Field(None, description="The agent's weight decay; null: the ViT's.")
     momentum: Rate | None = Field(None, description="The agent's momentum, for sgd; null: the ViT's.")
@@ -226,10 +242,25 @@ class OptimConfig(Section):
     """The optimiser."""
 
     read_by = ("bootvit/optim.py", "bootvit/learner.py")
-    name: Literal["adamw", "sgd"] = Field("adamw", description="The optimiser.")
+    name: str = Field("adamw", description="The optimiser: adamw or sgd of torch, or another of timm by its name.")
     lr: Positive = Field(1e-3, description="The learning rate, which the warm-up and schedule.kind multiply.")
     weight_decay: Weight = Field(0.05, description="Weight decay, of every parameter as in the paper.")
-    momentum: Rate = Field(0.0, description="Momentum, for sgd.")
+    momentum: Rate = Field(0.0, description="Momentum, for sgd, and for those of timm that have one.")
+    decay_vectors: bool = Field(
+        True,
+        description="Whether weight decay falls on biases, norms, tokens and position tables too, as in the paper.",
+    )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Factor of the learning rate from each layer to the one below it, as timm's; null: one rate.",
+    )
+    ema: Rate | None = Field(
+        None,
+        description="Decay of a moving average of the weights, which is evaluated, saved and exported beside the last "
+        "ones; it is lower in the first steps, as timm's warm-up; null: none.",
+    )
     clip_norm: Positive | None = Field(
         None, description="Largest L2 norm of a network's gradient, which is scaled down to it; null: no clipping."
     )
@@ -287,6 +318,12 @@ class ScheduleConfig(Section):
     warmup_factor: float = Field(0.2, ge=0, le=1, description="Share of the rate with which the warm-up begins.")
     eval_every: int = Field(1, ge=1, description="Epochs between evaluations; the last epoch is always evaluated.")
     max_steps: int | None = Field(None, ge=1, description="Steps after which a run ends early, for trials; null: none.")
+    patience: int | None = Field(
+        None,
+        ge=1,
+        description="Evaluations without a higher held-out accuracy of the first network after which a run ends; null: "
+        "none.",
+    )
     agent: AgentScheduleConfig = AgentScheduleConfig()
 
 
@@ -393,8 +430,10 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     optim: OptimConfig = OptimConfig()
     schedule: ScheduleConfig = ScheduleConfig()
-    precision: Literal["fp32", "bf16", "fp64"] = Field(
-        "fp32", description="Number format: of everything, or bf16 for the products that tolerate it (autocast)."
+    precision: Literal["fp32", "bf16", "fp16", "fp64"] = Field(
+        "fp32",
+        description="Number format: of everything, or bf16 or fp16 for the products that tolerate it (autocast); fp16 "
+        "scales the loss.",
     )
     compile: bool = Field(
         False, description="Whether torch.compile translates the training step first, which takes minutes."
@@ -439,6 +478,21 @@ class Config(Section):
                 f"data.batch_size={self.data.batch_size} is smaller than optim.accumulate={self.optim.accumulate} "
                 f"times ray.num_workers={self.ray.most}: every part needs an image"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _patience_needs_images_of_its_own(self) -> Self:
+        if self.schedule.patience is not None and self.data.held_out == 0:
+            raise ValueError(
+                f"schedule.patience={self.schedule.patience}: when to stop is decided on held-out images: set "
+                "data.held_out, such as 0.1"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_of_the_scaler_are_plain(self) -> Self:
+        if self.precision == "fp16" and self.optim.sam_rho is not None:
+            raise ValueError("precision=fp16: sharpness-aware steps are not scaled: use bf16, or optim.sam_rho=null")
         return self
 
     @model_validator(mode="after")

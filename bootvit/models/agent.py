@@ -5,10 +5,11 @@ D width, H heads. Maps are (batch, D, rows, cols) inside and (batch, rows, cols,
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from timm.layers import DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
@@ -82,21 +83,28 @@ class AgentBlock(nn.Module):
     """`mixer` then `mlp`, each with batch norm and a residual; the method decides which modules these are."""
 
     def __init__(
-        self, mixer: nn.Module, mlp: nn.Module, width: int, norm: Literal["pre", "post"], dropout: float
+        self,
+        mixer: nn.Module,
+        mlp: nn.Module,
+        width: int,
+        norm: Literal["pre", "post"],
+        dropout: float,
+        drop_path: float = 0.0,
     ) -> None:
         super().__init__()
         self.mixer, self.mlp, self.pre_norm = mixer, mlp, norm == "pre"
         self.norm1, self.norm2 = nn.BatchNorm2d(width), nn.BatchNorm2d(width)
         self.drop = nn.Dropout(dropout)
+        self.path = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, D, rows, cols) -> the same."""
         if self.pre_norm:
-            x = x + self.drop(self.mixer(self.norm1(x)))
-            x = x + self.drop(self.mlp(self.norm2(x)))
+            x = x + self.path(self.drop(self.mixer(self.norm1(x))))
+            x = x + self.path(self.drop(self.mlp(self.norm2(x))))
         else:
-            x = x + self.drop(self.norm1(self.mixer(x)))
-            x = x + self.drop(self.norm2(self.mlp(x)))
+            x = x + self.path(self.drop(self.norm1(self.mixer(x))))
+            x = x + self.path(self.drop(self.norm2(self.mlp(x))))
         return x
 
 
@@ -137,6 +145,11 @@ class Agent(nn.Module):
         self.norm = nn.BatchNorm2d(width)
         self.head = nn.Linear(width, num_classes)
         self.recompute = False  # each block in the backward pass, instead of keeping what is inside
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Which parameters are one layer, for timm's layer-wise rates."""
+        blocks = r"^blocks\.(\d+)" if coarse else [(r"^blocks\.(\d+)", None), (r"^norm|^head", (99999,))]
+        return {"stem": r"^stem", "blocks": blocks}
 
     def forward(self, images: Tensor) -> Features:
         """`images` (batch, 3, rows, cols) in [normalised RGB]."""

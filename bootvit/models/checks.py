@@ -25,6 +25,18 @@ def check_models(config: Config) -> None:
         _check_agent(config)
     if len(config.networks) == 2:
         _check_pair(config)
+    _check_optimizers(config)
+
+
+def _check_optimizers(config: Config) -> None:
+    own = {"optim.name": config.optim.name}
+    if config.method == "joint" and config.optim.agent.name is not None:
+        own["optim.agent.name"] = config.optim.agent.name
+    for key, name in own.items():
+        if name not in ("adamw", "sgd"):
+            from bootvit.optim import check_optimizer
+
+            check_optimizer(key, config.optim.model_copy(update={"name": name}))
 
 
 def _check_patch(key: str, patch: tuple[int, int], config: Config) -> None:

@@ -53,6 +53,8 @@ def _vit_arguments(config: Config) -> dict[str, Any]:
         sizes["attn_layer"] = EntmaxAttention if vit.attention == "entmax" else FixedEntmaxAttention
     if vit.dropout:
         sizes |= {"proj_drop_rate": vit.dropout, "attn_drop_rate": vit.dropout}
+    if vit.drop_path:
+        sizes["drop_path_rate"] = vit.drop_path
     if vit.pos_dropout:
         sizes["pos_drop_rate"] = vit.pos_dropout
     return sizes
@@ -103,13 +105,15 @@ def _own_blocks(config: Config, shape: ViTShape) -> list[AgentBlock]:
         return ConvMLP(shape.width, cfg.mlp_width or shape.mlp_width, cfg.dropout or 0.0)
 
     rate = cfg.residual_dropout or 0.0
-    return [AgentBlock(mixer(), mlp(), shape.width, _norm(cfg), rate) for _ in range(shape.depth)]
+    paths = path_rates(cfg.drop_path or 0.0, shape.depth)
+    return [AgentBlock(mixer(), mlp(), shape.width, _norm(cfg), rate, path) for path in paths]
 
 
 def _shared_blocks(config: Config, vit: VisionTransformer, taps: tuple[Tap, ...]) -> list[AgentBlock]:
     cfg, inherited = config.model.agent, config.model.vit.dropout
     dropout = inherited if cfg.dropout is None else cfg.dropout
     residual = inherited if cfg.residual_dropout is None else cfg.residual_dropout
+    path = config.model.vit.drop_path if cfg.drop_path is None else cfg.drop_path
     return [
         AgentBlock(
             SharedMixer(block.attn, taps, cfg.value_bias),
@@ -117,6 +121,12 @@ def _shared_blocks(config: Config, vit: VisionTransformer, taps: tuple[Tap, ...]
             vit.embed_dim,
             _norm(cfg),
             residual,
+            own,
         )
-        for block in vit.blocks
+        for block, own in zip(vit.blocks, path_rates(path, len(vit.blocks)), strict=True)
     ]
+
+
+def path_rates(last: float, depth: int) -> list[float]:
+    """Stochastic depth by block, from 0 at the first to `last`, as timm's."""
+    return [last * i / max(depth - 1, 1) for i in range(depth)]

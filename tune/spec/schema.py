@@ -15,7 +15,7 @@ from bootvit.addresses import public_address
 from bootvit.config import Config, Positive, Section
 from tune.spec.domain import Domain
 
-METRIC = r"^held_out\.(vit|agent)\.(top1|top5|loss)$"
+METRIC = r"^held_out\.(vit|agent)\.(ema_)?(top1|top5|loss)$"
 
 
 OWN = ("grid", "random", "pbt")  # algorithms that know their trials at the start
@@ -83,14 +83,14 @@ class SelectConfig(Section):
 
     @model_validator(mode="after")
     def _loss_is_small(self) -> Self:
-        if self.mode == "max" and self.metric.endswith(".loss"):
+        if self.mode == "max" and self.metric.endswith("loss"):
             raise ValueError(f"mode=max with metric={self.metric}: a smaller loss is better; leave mode out")
         return self
 
     @property
     def best(self) -> Literal["max", "min"]:
         """`mode`, or what the metric asks for."""
-        return self.mode or ("min" if self.metric.endswith(".loss") else "max")
+        return self.mode or ("min" if self.metric.endswith("loss") else "max")
 
 
 class ResourcesConfig(Section):
