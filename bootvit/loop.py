@@ -257,7 +257,10 @@ class Training:
         """Counts on the held-out part, unless it is left out, and, where `test` allows it now, on the test set."""
         config, splits, world = self.config, self.splits, self.world
         now = self.test != "never" and (last or (self.test == "auto" and splits.held_out is None))
-        wanted: dict[str, Subset | None] = {"held_out": splits.held_out if held_out else None, "test": splits.test if now else None}
+        wanted: dict[str, Subset | None] = {
+            "held_out": splits.held_out if held_out else None,
+            "test": splits.test if now else None,
+        }
         scores: dict[str, Scores] = {}
         for name, subset in wanted.items():
             if subset is None:
@@ -371,7 +374,7 @@ def what_is_left(folder: RunFolder) -> str:
 def metrics_of(scores: dict[str, Scores]) -> dict[str, float]:
     """An evaluation by the journal's names."""
     return {
-        f"{split}/{net}/{name}": getattr(counts, name)
+        f"{split}/{net}/{name}": value
         for split, by_net in scores.items()
         for net, counts in by_net.items()
         for name, value in measures_of(counts).items()

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -61,6 +62,8 @@ def cross_entropy(logits: Tensor, labels: Tensor, smoothing: float, weights: Ten
 
     torch divides by the sum of the weights of hard labels: a batch in parts would not be the batch as a whole.
     """
+    if labels.is_floating_point():
+        labels = labels.to(torch.promote_types(labels.dtype, logits.dtype))
     if weights is None:
         return F.cross_entropy(logits, labels, label_smoothing=smoothing)
     total = F.cross_entropy(logits, labels, weights, reduction="sum", label_smoothing=smoothing)

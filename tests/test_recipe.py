@@ -281,5 +281,3 @@ def test_a_run_without_progress_ends_and_is_tested_then(
 def test_patience_needs_held_out_images() -> None:
     with pytest.raises(UserError, match=r"schedule.patience=2: when to stop is decided on held-out images"):
         tiny(schedule__patience=2)
-
-

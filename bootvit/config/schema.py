@@ -145,7 +145,7 @@ class DataConfig(Section):
 
     read_by = (
         *("bootvit/data/sources.py", "bootvit/data/fractions.py", "bootvit/data/batches.py", "bootvit/data/loaders.py"),
-        "bootvit/data/decode.py",
+        *("bootvit/data/decode.py", "bootvit/data/vary.py"),
     )
     source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "fake"] = Field(
         "digits", description="The kind of data set; digits is embedded, fake is noise for trials of speed."
@@ -179,6 +179,34 @@ class DataConfig(Section):
     )
     crop_padding: int = Field(4, ge=0, description="Pixels of zeros around an image before augment=crop cuts.")
     flip: bool = Field(True, description="Whether half of the training images are mirrored (not with augment=none).")
+    color_jitter: Rate = Field(
+        0.0, description="Largest change of the brightness, contrast and saturation of training images, as a share."
+    )
+    policy: Literal["none", "rand", "trivial"] = Field(
+        "none", description="Random operations on training images: RandAugment, or TrivialAugment (wide)."
+    )
+    policy_layers: int = Field(2, ge=1, le=8, description="Operations of RandAugment on each image.")
+    policy_strength: int = Field(9, ge=0, le=30, description="Strength of RandAugment's operations, of 30.")
+    erase: float = Field(
+        0.0, ge=0, le=1, description="Share of the training images in which a random rectangle is erased."
+    )
+    mixup: Weight = Field(
+        0.0,
+        description="Alpha of mixup, which blends each training image and its label with another's; 0: off; beside "
+        "cutmix each takes half of the images.",
+    )
+    cutmix: Weight = Field(
+        0.0, description="Alpha of cutmix, which puts a rectangle of another image into each training image; 0: off."
+    )
+    repeats: int = Field(
+        1,
+        ge=1,
+        description="How often each image of a batch is in it, varied anew; an epoch then sees 1/repeats of the images.",
+    )
+    sampling: Literal["uniform", "balanced"] = Field(
+        "uniform",
+        description="How often an image is seen: once an epoch, or so that every class is seen equally often.",
+    )
     resize: Literal["device", "pil"] = Field(
         "device", description="Who resizes small images: the device, in batches, or PIL itself, which is slower."
     )
@@ -477,6 +505,15 @@ class Config(Section):
             raise ValueError(
                 f"data.batch_size={self.data.batch_size} is smaller than optim.accumulate={self.optim.accumulate} "
                 f"times ray.num_workers={self.ray.most}: every part needs an image"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _repeated_images_have_partners(self) -> Self:
+        mixes = self.data.mixup or self.data.cutmix
+        if mixes and self.data.repeats > 1 and self.data.batch_size < 2 * self.data.repeats:
+            raise ValueError(
+                f"data.repeats={self.data.repeats}: a batch of {self.data.batch_size} has no two images to mix"
             )
         return self
 

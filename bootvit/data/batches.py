@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import numpy.typing as npt
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -18,8 +20,10 @@ from bootvit.data.decode import to_rgb
 from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
 from bootvit.data.loaders import Batch, Cut, MemoryLoader, Numbers, Piece, WorkerLoader
-from bootvit.data.randomness import permutation, uniforms
+from bootvit.data.randomness import Purpose, balanced, permutation, repeated, uniforms
 from bootvit.data.resize import AREA_NUMBERS, normalise
+from bootvit.data.table import Rows
+from bootvit.data.vary import MIX_NUMBERS, Mixing, Variation
 from bootvit.data.way import Way, preparation_of, way_of
 from bootvit.errors import UserError
 
@@ -33,6 +37,11 @@ def piece(step: int, batch: int, total: int, rank: int, world: int) -> Piece:
     small, larger = divmod(size, world)
     start = first + rank * small + min(rank, larger)
     return Piece(start, start + small + (rank < larger), size)
+
+
+def with_partners(part: Piece) -> Piece:
+    """The same with the partner of each of its positions: 2k and 2k+1 are mixed with one another."""
+    return Piece(part.start // 2 * 2, -(-part.stop // 2) * 2, part.global_size)
 
 
 class TrainBatches:
@@ -51,6 +60,9 @@ class TrainBatches:
         self._way = way_of(subset.table, config.data)
         prepared = preparation or preparation_of(subset.table, config)
         self._loader = _loader(subset, config.data, prepared, self._way, torch.device(device))
+        self._data, self._classes = config.data, len(subset.table.classes)
+        self._varies = Variation.of(config.data).count
+        self._mixing = Mixing(config.data.mixup, config.data.cutmix)
         self._seed, self._rank, self._world = config.seed, rank, world
         self._total = len(self._loader)
         self._batch = min(config.data.batch_size, self._total)
@@ -65,17 +77,55 @@ class TrainBatches:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """The batches of one epoch from step `start` on."""
-        order = permutation(self._seed, epoch, self._total)
+        order = self._order(epoch)
         pieces = [
             piece(step, self._batch, self._total, self._rank, self._world)
             for step in range(start, self.steps_per_epoch)
         ]
-        yield from self._loader.load(pieces, order, self._numbers(epoch))
+        if not any(self._mixing):
+            yield from self._loader.load(pieces, order, self._numbers(epoch))
+            return
+        wide = [with_partners(part) for part in pieces]
+        batches = self._loader.load(wide, np.append(order, order[:1]), self._numbers(epoch))
+        for part, around, batch in zip(pieces, wide, batches, strict=True):
+            yield self._mixed(part, around, batch, epoch)
+
+    def _order(self, epoch: int) -> Rows:
+        order = (
+            balanced(self._seed, epoch, self._loader.labels)
+            if self._data.sampling == "balanced"
+            else permutation(self._seed, epoch, self._total)
+        )
+        return order if self._data.repeats == 1 else repeated(order, self._batch, self._data.repeats)
 
     def _numbers(self, epoch: int) -> Numbers:
         count = AREA_NUMBERS if self._way.augment == "area" else CROP_NUMBERS
-        seed = self._seed
-        return lambda part: uniforms(seed, epoch, part.start, part.stop, count)
+        seed, more = self._seed, self._varies
+
+        def numbers(part: Piece) -> npt.NDArray[np.float64]:
+            found = uniforms(seed, epoch, part.start, part.stop, count)
+            if not more:
+                return found
+            return np.hstack([found, uniforms(seed, epoch, part.start, part.stop, more, Purpose.VARY)])
+
+        return numbers
+
+    def _mixed(self, part: Piece, around: Piece, batch: Batch, epoch: int) -> Batch:
+        """Of a batch with its images' partners, positions 2k and 2k+1, the images of `part`, mixed with theirs.
+
+        One whose partner is broken is mixed with itself, and so stays as it is.
+        """
+        places = np.arange(around.start, around.stop) if batch.at is None else around.start + batch.at
+        row_of = {place: row for row, place in enumerate(places.tolist())}
+        mine = [place for place in places.tolist() if part.start <= place < part.stop] or places[:1].tolist()
+        own = torch.tensor([row_of[place] for place in mine])
+        other = torch.tensor([row_of.get(place ^ 1, row_of[place]) for place in mine])
+        own, other = (rows.to(batch.images.device, non_blocking=True) for rows in (own, other))
+        numbers = uniforms(self._seed, epoch, around.start, around.stop, MIX_NUMBERS, Purpose.MIX)
+        numbers = numbers[np.array(mine) - around.start]
+        images, shares = self._mixing.mixed(batch.images[own], batch.images[other], numbers)
+        labels = F.one_hot(batch.labels, self._classes).to(shares.dtype)
+        return Batch(images, labels[own] * shares + labels[other] * (1 - shares), part.global_size)
 
 
 class EvalBatches:

@@ -29,6 +29,7 @@ from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
 from bootvit.data.resize import area_crop, centre_crop, enlarge, normalise, resize_batch
 from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
+from bootvit.data.vary import Variation
 from bootvit.errors import RunFailed, UserError
 
 Pixels = npt.NDArray[np.uint8]
@@ -40,8 +41,9 @@ class Batch(NamedTuple):
     """This worker's share of one step."""
 
     images: Tensor  # (local batch, 3, rows, cols) float32, normalised, on the device
-    labels: Tensor  # (local batch,) int64, on the device
+    labels: Tensor  # (local batch,) int64, or (local batch, classes) shares of mixed images, on the device
     global_size: int  # images of this step over all workers (those broken at loading counted)
+    at: Rows | None = None  # which of its piece's images these are; None: all
 
 
 class Piece(NamedTuple):
@@ -62,6 +64,7 @@ class MemoryLoader:
         self, subset: Subset, data: DataConfig, preparation: Preparation, augment: Augment, device: torch.device
     ) -> None:
         self._data, self._preparation, self._augment, self._device = data, preparation, augment, device
+        self._variation = Variation.of(data)
         self.broken: dict[str, str] = {}  # {image: reason}
         if isinstance(subset.table.images, PixelImages):
             self._pixels, self._rows, self._labels = subset.table.images.pixels, subset.indices, subset.labels
@@ -76,6 +79,11 @@ class MemoryLoader:
     def __len__(self) -> int:
         return len(self._rows)
 
+    @property
+    def labels(self) -> Rows:
+        """(n,) of the readable images."""
+        return self._labels
+
     def load(self, pieces: Sequence[Piece], order: Rows, numbers: Numbers) -> Iterator[Batch]:
         """One batch per piece; on a GPU the next one is under way while the caller works on the last."""
         batches = (self._batch(part, order[part.start : part.stop], numbers) for part in pieces)
@@ -85,12 +93,17 @@ class MemoryLoader:
         raw = torch.from_numpy(np.ascontiguousarray(self._pixels[self._rows[places]]))
         on_device = self._data.resize == "device"
         images = (_to(raw, self._device) if on_device else raw).permute(0, 3, 1, 2)
-        if self._augment == "crop" and numbers is not None:
-            images = pad_crop_flip(images, numbers(part), self._data.crop_padding, flip=self._data.flip)
+        own = None if numbers is None else numbers(part)
+        if self._augment == "crop" and own is not None:
+            images = pad_crop_flip(images, own, self._data.crop_padding, flip=self._data.flip)
+        varied = own[:, own.shape[1] - self._variation.count :] if own is not None else None
+        if varied is not None:
+            images = self._variation.batch(images, varied)
         size, mean, std = self._preparation.size, self._preparation.mean, self._preparation.std
         images = resize_batch(images, size) if on_device else _to(_resize_with_pil(images, size), self._device)
         labels = _to(torch.from_numpy(self._labels[places]), self._device)
-        return Batch(normalise(images, mean, std), labels, part.global_size)
+        images = normalise(images, mean, std)
+        return Batch(images if varied is None else self._variation.erased(images, varied), labels, part.global_size)
 
 
 class WorkerLoader:
@@ -102,17 +115,24 @@ class WorkerLoader:
         self._subset, self._data, self._preparation, self._device = subset, data, preparation, device
         self._augment = augment
         self._source = _by_place(subset)
+        self._variation = Variation.of(data)
         self._through_pipes = False
         self.broken: dict[str, str] = {}  # {image: reason}
 
     def __len__(self) -> int:
         return len(self._subset)
 
+    @property
+    def labels(self) -> Rows:
+        """(n,) of all images."""
+        return self._subset.labels
+
     def load(self, pieces: Sequence[Piece], order: Rows, numbers: Numbers) -> Iterator[Batch]:
         """One batch per piece."""
         cuda = self._device.type == "cuda"
         area = self._augment == "area" and numbers is not None
-        cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip)
+        vary = self._variation if numbers is not None and self._variation.count else None
+        cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip, vary)
         steps = _Steps(self._source, self._subset.labels, pieces, order, numbers, cut)
         workers = min(self._data.workers, len(pieces))
         loader: DataLoader[Loaded] = DataLoader(
@@ -124,10 +144,10 @@ class WorkerLoader:
             multiprocessing_context=multiprocessing.get_context("fork") if workers else None,
             generator=torch.Generator(),  # else the loader would draw from torch's own
         )
-        batches = self._batches(pieces, loader, training=numbers is not None)
+        batches = self._batches(pieces, loader, numbers)
         return _one_ahead(batches) if cuda else batches
 
-    def _batches(self, pieces: Sequence[Piece], loader: DataLoader[Loaded], *, training: bool) -> Iterator[Batch]:
+    def _batches(self, pieces: Sequence[Piece], loader: DataLoader[Loaded], numbers: Numbers) -> Iterator[Batch]:
         iterator = None
         try:
             for part in pieces:
@@ -138,8 +158,8 @@ class WorkerLoader:
                     if isinstance(err, RuntimeError) and not str(err).startswith("DataLoader worker"):
                         raise
                     raise self._died(err) from err
-                batch = self._batch(part, loaded)
-                if training and not len(batch.labels):
+                batch = self._batch(part, loaded, numbers)
+                if numbers is not None and not len(batch.labels):
                     raise none_readable(self._subset, self.broken)
                 yield batch
         finally:
@@ -153,7 +173,7 @@ class WorkerLoader:
             f"({text.split(' It is possible')[0]}): the machine may be out of memory; use fewer data.workers"
         )
 
-    def _batch(self, part: Piece, loaded: Loaded) -> Batch:
+    def _batch(self, part: Piece, loaded: Loaded, numbers: Numbers) -> Batch:
         for place, reason in loaded.broken:
             leave_out(self._subset, place, reason, self._data, self.broken)
         pixels = loaded.images
@@ -162,8 +182,10 @@ class WorkerLoader:
             pixels = torch.from_numpy(pixels)
         images = _to(pixels, self._device).permute(0, 3, 1, 2)
         labels = _to(torch.from_numpy(loaded.labels), self._device)
-        mean, std = self._preparation.mean, self._preparation.std
-        return Batch(normalise(images, mean, std), labels, part.global_size)
+        images = normalise(images, self._preparation.mean, self._preparation.std)
+        if numbers is not None and self._variation.erase:
+            images = self._variation.erased(images, numbers(part)[loaded.at, -self._variation.count :])
+        return Batch(images, labels, part.global_size, loaded.at)
 
     def _say_pipes(self) -> None:
         if not self._through_pipes:
@@ -196,6 +218,7 @@ class Loaded(NamedTuple):
 
     images: Tensor | Pixels  # (n, rows, cols, 3) uint8, a tensor if it is in shared memory
     labels: Rows  # (n,)
+    at: Rows  # (n,) which of the piece's images these are
     broken: list[tuple[int, str]]  # place in the subset, reason
 
 
@@ -206,12 +229,17 @@ class Cut:
     size: tuple[int, int]
     kind: Literal["area", "centre_crop", "resize"]
     flip: bool
+    vary: Variation | None = None
 
     def __call__(self, image: Image.Image, numbers: Sequence[float]) -> Pixels:
-        """(rows, cols, 3); the numbers are for `area`."""
+        """(rows, cols, 3); the first numbers are for `area`, the last for `vary`."""
+        part = self._cut(image, numbers)
+        return np.asarray(part if self.vary is None else self.vary.one(part, numbers[-self.vary.count :]))
+
+    def _cut(self, image: Image.Image, numbers: Sequence[float]) -> Image.Image:
         if self.kind == "area":
-            return np.asarray(area_crop(image, self.size, numbers, flip=self.flip))
-        return np.asarray(centre_crop(image, self.size) if self.kind == "centre_crop" else enlarge(image, self.size))
+            return area_crop(image, self.size, numbers, flip=self.flip)
+        return centre_crop(image, self.size) if self.kind == "centre_crop" else enlarge(image, self.size)
 
 
 @dataclass(frozen=True)
@@ -235,14 +263,17 @@ class _Steps(Dataset[Loaded]):
         images: list[Pixels] = []
         kept: list[int] = []
         broken: list[tuple[int, str]] = []
-        for place, own in zip(places, numbers, strict=True):
-            self._read(place, own, images, kept, broken)
+        at: list[int] = []
+        for offset, (place, own) in enumerate(zip(places, numbers, strict=True)):
+            if self._read(place, own, images, kept, broken):
+                at.append(offset)
         if self.numbers and places and not kept:  # all workers must take this step: with the epoch's next sound image
             for place in np.roll(self.order, -part.stop)[: len(self.order) - len(places)].tolist():
                 if self._read(place, numbers[0], images, kept, broken):
+                    at.append(0)
                     break
         pixels = np.stack(images) if images else np.zeros((0, *self.cut.size, 3), np.uint8)
-        return Loaded(_shared(pixels), self.labels[kept], broken)
+        return Loaded(_shared(pixels), self.labels[kept], np.array(at, np.int64), broken)
 
     def _read(
         self, place: int, numbers: list[float], images: list[Pixels], kept: list[int], broken: list[tuple[int, str]]
