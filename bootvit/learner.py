@@ -272,10 +272,10 @@ class Learner:
         models = [self.networks] if self.ema is None else [self.networks, self.ema.module]
         counts = torch.zeros(len(models), len(self.config.networks), 4, dtype=torch.float64, device=self.world.device)
         for batch in batches:
-            for model, own in zip(models, counts, strict=True):
+            for model, rows in zip(models, counts, strict=True):
                 with self._autocast():
                     features = model.features(batch.images)
-                own += torch.stack([count(found.logits, batch.labels) for found in features.values()])
+                rows.add_(torch.stack([count(own.logits, batch.labels) for own in features.values()]))
         if self.world.size > 1:
             dist.all_reduce(counts)
         last, *averaged = [[Counts.of(row) for row in rows] for rows in counts.tolist()]

@@ -1,6 +1,6 @@
 """Learning rates, decay, optimisers, clipping and sharpness-aware minimisation, as functions of plain numbers."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
 from math import cos, floor, pi
 from typing import Any
@@ -70,7 +70,8 @@ def parameter_groups(module: nn.Module, optim: OptimConfig, only: set[nn.Paramet
     """timm's groups of those of a network's parameters that are in `only`: rates by layer, no decay on vectors."""
     from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 
-    tokens = module.no_weight_decay() if hasattr(module, "no_weight_decay") and not optim.decay_vectors else set()
+    spared: Callable[[], set[str]] = getattr(module, "no_weight_decay", set)  # tokens and position tables
+    tokens = set() if optim.decay_vectors else spared()
     given = {"weight_decay": optim.weight_decay, "no_weight_decay_list": tokens}
     given["weight_decay_exclude_1d"] = not optim.decay_vectors
     if optim.layer_decay is not None:

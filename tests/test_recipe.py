@@ -8,14 +8,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from helpers import ONE, batch, tiny
+from safetensors.torch import load_file
 from sklearn.utils.class_weight import compute_class_weight
+from test_loop import after
 from timm.layers import DropPath
 from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from bootvit import checkpoint
 from bootvit.__main__ import main
-from bootvit.config import ObjectiveConfig
+from bootvit.config import Config, ObjectiveConfig
 from bootvit.errors import UserError
 from bootvit.learner import Learner, Networks
 from bootvit.loop import fit
@@ -281,3 +284,50 @@ def test_a_run_without_progress_ends_and_is_tested_then(
 def test_patience_needs_held_out_images() -> None:
     with pytest.raises(UserError, match=r"schedule.patience=2: when to stop is decided on held-out images"):
         tiny(schedule__patience=2)
+
+
+# ------------------------------------------------------------------------------------------------ all of it
+
+
+def everything(method: str, name: str, storage: Path) -> Config:
+    """All that a recipe can have, at once."""
+    data = {"policy": "rand", "color_jitter": 0.3, "erase": 0.5, "mixup": 0.8, "cutmix": 1.0, "repeats": 2}
+    optim = {"name": "nadamw", "ema": 0.9, "layer_decay": 0.8, "decay_vectors": False}
+    return tiny(
+        name=name,
+        method=method,
+        precision="fp16" if method == "joint" else "bf16" if method == "shared" else "fp32",
+        model={"vit": {"drop_path": 0.2, "dropout": 0.1}, "agent": {"drop_path": 0.2, "dropout": 0.1}},
+        data=data | {"augment": "crop", "crop_padding": 1, "sampling": "balanced", "held_out": 0.1},
+        objective={"label_smoothing": 0.1, "class_weights": "balanced"},
+        optim=optim | ({} if method == "joint" else {"sam_rho": 0.05}),
+        schedule={"patience": 5},
+        ray={"storage_path": str(storage)},
+    )
+
+
+@pytest.mark.parametrize("calls", [2, 4])  # of 4 steps an epoch, 3 are asked
+@pytest.mark.parametrize("method", METHODS)
+def test_with_everything_on_a_run_that_is_stopped_goes_on_bit_for_bit(method: str, calls: int, tmp_path: Path) -> None:
+    def run(name: str, *, resume: bool = False, **options: Any) -> Any:
+        config = everything(method, name, tmp_path)
+        return fit(config, ONE, claim(config, resume=resume, overwrite=False)[0], **options)
+
+    whole = run("whole")
+    with pytest.raises(KeyboardInterrupt):
+        run("cut", asked=after(calls))
+    resumed = run("cut", resume=True)
+    one, other = (state_of(tmp_path / name) for name in ("whole", "cut"))
+    assert set(one) == set(other)
+    assert sum(name.startswith("learner.ema.") for name in one) > 10
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {key: resumed[key] for key in ("final", "held_out", "steps")} == {
+        key: whole[key] for key in ("final", "held_out", "steps")
+    }
+
+
+def state_of(run: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of the newest checkpoint."""
+    saved = checkpoint.newest(run / "checkpoints")
+    assert saved is not None
+    return load_file(saved.path)

@@ -24,7 +24,9 @@ METHODS = ("vit", "joint", "shared")
 def configured(method: str, size: int) -> dict[str, object]:
     """Several workers take each ViT's batch in two parts, one takes it as a whole: it has no batch norm."""
     optim = {"sam_rho": 0.05, "accumulate": 2 if method == "vit" and size > 1 else 1}
-    return {"method": method, "model": {"agent": {"sync_norm": True}}, "precision": "fp64", "optim": optim}
+    optim |= {"ema": 0.5, "layer_decay": 0.9, "decay_vectors": False}
+    model = {"agent": {"sync_norm": True}}
+    return {"method": method, "model": model, "precision": "fp64", "optim": optim, "objective__label_smoothing": 0.1}
 
 
 def part(whole: Batch, rank: int, size: int) -> Batch:
@@ -33,10 +35,20 @@ def part(whole: Batch, rank: int, size: int) -> Batch:
 
 
 def train(method: str, world: World) -> Learner:
-    learner = Learner(tiny(**configured(method, world.size)), 10, world)
+    weights = [0.5 + 0.1 * label for label in range(10)]
+    learner = Learner(tiny(**configured(method, world.size)), 10, world, weights)
     for step in range(STEPS):
-        learner.step(part(batch(SIZE, seed=step), world.rank, world.size), step, 0, 0.1 * step)
+        own = part(batch(SIZE, seed=step), world.rank, world.size)
+        if step == 1:  # labels of mixed images
+            own = own._replace(labels=torch.nn.functional.one_hot(own.labels, 10) * 0.7 + 0.03)
+        learner.step(own, step, 0, 0.1 * step)
     return learner
+
+
+def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
+    """The last ones and the averaged ones."""
+    state = learner.state_dict()
+    return dict(state["networks"]) | {f"averaged {name}": value for name, value in state["ema"].items()}
 
 
 def worker(rank: int, size: int, folder: str) -> None:
@@ -47,7 +59,7 @@ def worker(rank: int, size: int, folder: str) -> None:
         learner = train(method, World(rank, size, torch.device("cpu")))
         mine = [part(batch(11, seed=9), rank, size)] if rank else []  # rank 0 has nothing to evaluate
         mine += [part(batch(11, seed=9), 0, size)] if rank == 1 else []
-        out[method] = (learner.networks.state_dict(), {n: tuple(c) for n, c in learner.evaluate(mine).items()})
+        out[method] = (weights_of(learner), {n: tuple(c) for n, c in learner.evaluate(mine).items()})
     torch.save(out, f"{folder}/{rank}.pt")
     del learner
     gc.collect()  # what still holds the group when it is destroyed would end it while it has the GIL: a deadlock
@@ -63,7 +75,7 @@ def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
 @pytest.mark.parametrize("method", METHODS)
 def test_workers_train_the_model_of_one_process(results: list[Result], method: str) -> None:
-    alone = train(method, ONE).networks.state_dict()
+    alone = weights_of(train(method, ONE))
     for result in results:
         for name, value in result[method][0].items():
             torch.testing.assert_close(value, alone[name], rtol=1e-8, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")

@@ -201,7 +201,7 @@ class DataConfig(Section):
     repeats: int = Field(
         1,
         ge=1,
-        description="How often each image of a batch is in it, varied anew; an epoch then sees 1/repeats of the images.",
+        description="How often each image of a batch is in it, varied anew; an epoch sees 1/repeats of the images.",
     )
     sampling: Literal["uniform", "balanced"] = Field(
         "uniform",

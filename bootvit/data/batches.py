@@ -61,7 +61,7 @@ class TrainBatches:
         prepared = preparation or preparation_of(subset.table, config)
         self._loader = _loader(subset, config.data, prepared, self._way, torch.device(device))
         self._data, self._classes = config.data, len(subset.table.classes)
-        self._varies = Variation.of(config.data).count
+        self._varies = Variation.of(config.data).needs
         self._mixing = Mixing(config.data.mixup, config.data.cutmix)
         self._seed, self._rank, self._world = config.seed, rank, world
         self._total = len(self._loader)

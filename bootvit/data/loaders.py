@@ -96,7 +96,7 @@ class MemoryLoader:
         own = None if numbers is None else numbers(part)
         if self._augment == "crop" and own is not None:
             images = pad_crop_flip(images, own, self._data.crop_padding, flip=self._data.flip)
-        varied = own[:, own.shape[1] - self._variation.count :] if own is not None else None
+        varied = own[:, own.shape[1] - self._variation.needs :] if own is not None else None
         if varied is not None:
             images = self._variation.batch(images, varied)
         size, mean, std = self._preparation.size, self._preparation.mean, self._preparation.std
@@ -131,7 +131,7 @@ class WorkerLoader:
         """One batch per piece."""
         cuda = self._device.type == "cuda"
         area = self._augment == "area" and numbers is not None
-        vary = self._variation if numbers is not None and self._variation.count else None
+        vary = self._variation if numbers is not None and self._variation.needs else None
         cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip, vary)
         steps = _Steps(self._source, self._subset.labels, pieces, order, numbers, cut)
         workers = min(self._data.workers, len(pieces))
@@ -184,7 +184,7 @@ class WorkerLoader:
         labels = _to(torch.from_numpy(loaded.labels), self._device)
         images = normalise(images, self._preparation.mean, self._preparation.std)
         if numbers is not None and self._variation.erase:
-            images = self._variation.erased(images, numbers(part)[loaded.at, -self._variation.count :])
+            images = self._variation.erased(images, numbers(part)[loaded.at, -self._variation.needs :])
         return Batch(images, labels, part.global_size, loaded.at)
 
     def _say_pipes(self) -> None:
@@ -234,7 +234,7 @@ class Cut:
     def __call__(self, image: Image.Image, numbers: Sequence[float]) -> Pixels:
         """(rows, cols, 3); the first numbers are for `area`, the last for `vary`."""
         part = self._cut(image, numbers)
-        return np.asarray(part if self.vary is None else self.vary.one(part, numbers[-self.vary.count :]))
+        return np.asarray(part if self.vary is None else self.vary.one(part, numbers[-self.vary.needs :]))
 
     def _cut(self, image: Image.Image, numbers: Sequence[float]) -> Image.Image:
         if self.kind == "area":

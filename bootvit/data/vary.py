@@ -56,7 +56,7 @@ class Variation(NamedTuple):
         return cls(data.color_jitter, data.policy, layers, data.policy_strength, data.erase)
 
     @property
-    def count(self) -> int:
+    def needs(self) -> int:
         """How many uniform numbers an image takes, a multiple of 4; 0: it stays as it is."""
         if not (self.jitter or self.layers or self.erase):
             return 0

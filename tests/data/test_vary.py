@@ -61,7 +61,7 @@ def test_every_operation_at_every_strength_is_torchvisions(policy: str, name: st
 
 
 def numbers_of(variation: Variation, count: int) -> np.ndarray[Any, Any]:
-    return np.random.default_rng(1).random((count, variation.count))
+    return np.random.default_rng(1).random((count, variation.needs))
 
 
 @pytest.mark.parametrize("policy", ["none", "rand", "trivial"])
