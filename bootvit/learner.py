@@ -18,6 +18,7 @@ from bootvit.checkpoint import optimizer_state, restore_optimizer
 from bootvit.config import Config, Network, OptimConfig, ScheduleConfig
 from bootvit.data.batches import Batch
 from bootvit.errors import RunFailed
+from bootvit.measures import Tally
 from bootvit.models import Features
 from bootvit.models.agent import TimmCNN
 from bootvit.models.checks import parts_of
@@ -117,7 +118,7 @@ class Learner:
         self, config: Config, num_classes: int, world: World, class_weights: Sequence[float] | None = None
     ) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.world = config, world
+        self.config, self.world, self.num_classes = config, world, num_classes
         networks = Networks(config, num_classes).to(memory_format=torch.channels_last)
         if class_weights is not None:
             networks.class_weights = torch.tensor(class_weights)
@@ -270,18 +271,20 @@ class Learner:
         self.networks.eval()
         self._share_buffers()
         models = [self.networks] if self.ema is None else [self.networks, self.ema.module]
-        counts = torch.zeros(len(models), len(self.config.networks), 4, dtype=torch.float64, device=self.world.device)
+        nets, classes = self.config.networks, self.num_classes
+        counts = torch.zeros(len(models), len(nets), 4, dtype=torch.float64, device=self.world.device)
+        tallies = [[Tally(classes, self.world.device) for _ in nets] for _ in models]
         for batch in batches:
-            for model, rows in zip(models, counts, strict=True):
+            for model, rows, told in zip(models, counts, tallies, strict=True):
                 with self._autocast():
                     features = model.features(batch.images)
+                for tally, own in zip(told, features.values(), strict=True):
+                    tally.add(own.logits, batch.labels)
                 rows.add_(torch.stack([count(own.logits, batch.labels) for own in features.values()]))
         if self.world.size > 1:
             dist.all_reduce(counts)
         last, *averaged = [[Counts.of(row) for row in rows] for rows in counts.tolist()]
-        out = dict(zip(self.config.networks, last, strict=True))
-        for rows in averaged:
-            out = {net: own._replace(ema=ema) for (net, own), ema in zip(out.items(), rows, strict=True)}
+        out = dict(zip(nets, last, strict=True))
         for net, own in out.items():
             if not own.total:
                 raise RunFailed("none of the images of the evaluation can be read")
@@ -290,7 +293,13 @@ class Learner:
                     f"the evaluation's loss is not finite: {net}={own.loss_sum} (after few steps BatchNorm's young "
                     "statistics can overflow: schedule.eval_every evaluates later)"
                 )
-        return out
+        for found, told in zip([last, *averaged], tallies, strict=True):
+            for place, tally in enumerate(told):
+                measures, per_class = tally.measures(self.world.size)
+                found[place] = found[place]._replace(measures=measures, per_class=tuple(per_class))
+        if averaged:
+            last = [own._replace(ema=ema) for own, ema in zip(last, averaged[0], strict=True)]
+        return dict(zip(nets, last, strict=True))
 
     def _share_buffers(self) -> None:
         """Unsynchronised BatchNorm statistics differ between workers: rank 0's are the ones that are kept."""
@@ -334,6 +343,8 @@ class Counts(NamedTuple):
     correct5: int
     total: int
     loss_sum: float
+    measures: dict[str, float] = {}  # noqa: RUF012  those of `bootvit.measures`
+    per_class: tuple[float | None, ...] = ()  # percent of each class that is right; None: it has no images
     ema: Counts | None = None  # those of the moving average of the weights
 
     @classmethod

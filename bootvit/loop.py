@@ -296,6 +296,7 @@ class Training:
                 "final": percent(self.scores.get(main)),
                 "best": best(records, main, config.networks),
                 "held_out": percent(self.scores.get("held_out")),
+                "per_class": per_class(self.scores.get(main), self.splits.classes),
                 "images_per_second": round(at.images / max(at.train_seconds, 1e-9), 2),
                 "seconds": round(at.seconds, 3),
                 "gpu_seconds": round(at.seconds * world.size, 3) if world.device.type == "cuda" else 0.0,
@@ -382,8 +383,8 @@ def metrics_of(scores: dict[str, Scores]) -> dict[str, float]:
 
 
 def measures_of(counts: Counts) -> dict[str, float]:
-    """One network's measures by name, in percent where they are shares; `ema_` before those of averaged weights."""
-    found = {"top1": counts.top1, "top5": counts.top5, "loss": counts.loss}
+    """One network's measures by name, accuracies and F1 in percent; `ema_` before those of averaged weights."""
+    found = {"top1": counts.top1, "top5": counts.top5, "loss": counts.loss, **counts.measures}
     averaged = {} if counts.ema is None else measures_of(counts.ema)
     return found | {f"ema_{name}": value for name, value in averaged.items()}
 
@@ -395,13 +396,18 @@ def best_metric(config: Config, metrics: dict[str, float]) -> str:
 
 
 def percent(scores: Scores | None) -> Accuracy | None:
-    """{"vit": {"top1", "top5"}, ...} in percent, with "ema_top1" and "ema_top5" where weights are averaged."""
+    """{"vit": {"top1", "top5", "loss", ...}, ...}: `measures_of` every network."""
     if scores is None:
         return None
-    return {
-        net: {name: round(value, 4) for name, value in measures_of(c).items() if not name.endswith("loss")}
-        for net, c in scores.items()
-    }
+    return {net: {name: round(value, 4) for name, value in measures_of(c).items()} for net, c in scores.items()}
+
+
+def per_class(scores: Scores | None, classes: tuple[str, ...]) -> dict[Network, dict[str, float]] | None:
+    """Percent of each class's images that each network has right, of the classes that have images."""
+    if scores is None:
+        return None
+    named = {net: zip(classes, counts.per_class, strict=True) for net, counts in scores.items()}
+    return {net: {name: round(own, 4) for name, own in found if own is not None} for net, found in named.items()}
 
 
 def best(records: list[Record], split: str, networks: tuple[Network, ...]) -> dict[Network, Best]:

@@ -9,7 +9,7 @@ from bootvit.config import Config, Method, Network
 from bootvit.files import read_json
 
 RunStatus = Literal["finished", "failed", "interrupted"]
-Accuracy = dict[Network, dict[str, float]]  # {"vit": {"top1": 45.8, ...}, ...}, in percent
+Accuracy = dict[Network, dict[str, float]]  # {"vit": {"top1": 45.8, ...}, ...}: accuracies and F1 in percent
 
 
 class EpochReport(NamedTuple):
@@ -41,6 +41,7 @@ class Result(TypedDict):
     final: Accuracy | None  # the last epoch's on the test set (without one, the held-out part), as in the paper
     best: dict[Network, Best]
     held_out: Accuracy | None  # the last epoch's on held-out training images
+    per_class: dict[Network, dict[str, float]] | None  # of `final`: {class: percent of its images that are right}
     images_per_second: float | None
     seconds: float | None
     gpu_seconds: float | None
@@ -68,6 +69,7 @@ def new_result(
         "final": None,
         "best": {},
         "held_out": None,
+        "per_class": None,
         "images_per_second": None,
         "seconds": None,
         "gpu_seconds": None,

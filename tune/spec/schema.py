@@ -15,7 +15,8 @@ from bootvit.addresses import public_address
 from bootvit.config import Config, Positive, Section
 from tune.spec.domain import Domain
 
-METRIC = r"^held_out\.(vit|agent)\.(ema_)?(top1|top5|loss)$"
+SMALL = ("loss", "ece")  # measures of which less is better
+METRIC = r"^held_out\.(vit|agent)\.(ema_)?(top1|top5|loss|balanced_accuracy|macro_f1|auroc|ece)$"
 
 
 OWN = ("grid", "random", "pbt")  # algorithms that know their trials at the start
@@ -74,23 +75,23 @@ class SelectConfig(Section):
     read_by = ("tune/decide/select.py", "tune/spec/space.py")
     metric: Annotated[str, Field(pattern=METRIC)] = Field(
         "held_out.vit.top1",
-        description="The measure, held_out.NETWORK.top1, top5 or loss; of a trial that trains only the other network, "
-        "that one's.",
+        description="The measure, held_out.NETWORK.top1, top5, loss, balanced_accuracy, macro_f1, auroc or ece, with ema_ "
+        "before it for averaged weights; of a trial that trains only the other network, that one's.",
     )
     mode: Literal["max", "min"] | None = Field(
-        None, description="Whether the largest or the smallest is the best; null: min for a loss, else max."
+        None, description="Whether the largest or the smallest is the best; null: min for loss and ece, else max."
     )
 
     @model_validator(mode="after")
     def _loss_is_small(self) -> Self:
-        if self.mode == "max" and self.metric.endswith("loss"):
-            raise ValueError(f"mode=max with metric={self.metric}: a smaller loss is better; leave mode out")
+        if self.mode == "max" and self.metric.endswith(SMALL):
+            raise ValueError(f"mode=max with metric={self.metric}: smaller is better; leave mode out")
         return self
 
     @property
     def best(self) -> Literal["max", "min"]:
         """`mode`, or what the metric asks for."""
-        return self.mode or ("min" if self.metric.endswith("loss") else "max")
+        return self.mode or ("min" if self.metric.endswith(SMALL) else "max")
 
 
 class ResourcesConfig(Section):

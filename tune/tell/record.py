@@ -121,10 +121,10 @@ def status_of(trial: Trial, over: bool) -> str:
 
 
 def last_scores(run_dir: Path) -> Any:
-    """The held-out accuracy of a run's last evaluation, from its journal."""
+    """What a run's last evaluation found on held-out images, from its journal."""
     out: dict[str, dict[str, float]] = {}
     for record in read_journal(run_dir / "metrics.jsonl")[0]:
-        if record.name.startswith("held_out/") and record.name.endswith(("top1", "top5")):
+        if record.name.startswith("held_out/") and not record.name.endswith("loss"):
             _, net, score = record.name.split("/")
             # every trial has these names: kept once
             out.setdefault(intern(net), {})[intern(score)] = round(record.value, 4)
