@@ -16,7 +16,7 @@ from bootvit.optim import network_optim, network_schedule
 # what these say of a network that a method does not train is not the user's; reference.yaml counts only as a whole
 PRESETS = (
     *("base", "baseline", "cifar10", "cifar10-tiny", "cifar100", "digits", "finetune", "imagefolder", "imagenet"),
-    "small",
+    *("small", "strong", "strong-224"),
 )
 
 
