@@ -29,6 +29,7 @@ from torch import nn
 from bootvit import load
 from bootvit.config import Config, Network
 from bootvit.data import DataFacts
+from bootvit.data.decode import Planes
 from bootvit.driver import train as run_training
 from bootvit.errors import UserError
 from bootvit.evaluate import EVAL_KEYS, evaluate, read_checkpoint
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
     from ray.tune import ResultGrid
 
 Overrides = Mapping[str, Any] | Sequence[str]  # {"data.fraction": 0.1}, or ["data.fraction=0.1"] as on the command line
-Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]  # an array is (rows, columns, 3), RGB
+Picture = str | os.PathLike[str] | Image.Image | npt.NDArray[np.uint8]  # an array is (rows, columns, channels), as RGB
 Chances = dict[str, dict[str, float]]  # {network: {class: probability}}, the most probable first
 
 
@@ -156,8 +157,8 @@ class Run:
     ) -> list[Chances]:
         """For each image the `top` most probable classes by network; `best` and `ema` as in `bootvit predict`.
 
-        An image is a file, a PIL image, or an array (rows, columns, 3) of uint8, RGB, of any size: it is prepared as
-        in the evaluation. Raises `UserError` for one that cannot be read.
+        An image is a file, a PIL image, or an array (rows, columns, channels) of uint8, as RGB, of any size: it is
+        prepared as in the evaluation. Raises `UserError` for one that cannot be read.
         """
         fetch_weights(self.folder, "best" if best else "newest")
         given = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
@@ -189,14 +190,16 @@ class Run:
         return evaluate(config, self.folder, local=local, best=best).counts
 
 
-def in_memory(image: Picture) -> Image.Image:
+def in_memory(image: Picture) -> Image.Image | Planes:
     """Any picture as a PIL image."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            raise UserError(f"an image of shape {image.shape} and {image.dtype}: expected (rows, columns, 3) of uint8")
-        return Image.fromarray(image)
+        if image.dtype != np.uint8 or image.ndim != 3:
+            raise UserError(
+                f"an image of shape {image.shape} and {image.dtype}: expected (rows, columns, channels) of uint8"
+            )
+        return Image.fromarray(image) if image.shape[2] == 3 else Planes(image)
     try:
         with Image.open(image) as opened:
             return opened.copy()

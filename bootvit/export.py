@@ -163,7 +163,7 @@ def staged(target: Path) -> Iterator[Path]:
 def example(config: Config) -> Tensor:
     """Two random images."""
     generator = torch.Generator().manual_seed(0)
-    return torch.randn(2, 3, *config.image_size, generator=generator)
+    return torch.randn(2, config.data.channels, *config.image_size, generator=generator)
 
 
 def crop_of(preparation: Preparation) -> dict[str, Any]:
@@ -199,7 +199,7 @@ def write_timm(config: Config, networks: Networks, facts: Facts, folder: Path) -
         "model_args": arguments,
         "label_names": classes,
         "pretrained_cfg": {
-            "input_size": [3, *known["image_size"]],
+            "input_size": [config.data.channels, *known["image_size"]],
             "fixed_input_size": facts.network == "vit",
             "num_classes": len(classes),
             **{key: known[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
@@ -213,7 +213,8 @@ def write_timm(config: Config, networks: Networks, facts: Facts, folder: Path) -
         difference = float((plain(images) - model(images)).abs().max())
     if difference > 0:
         raise RunFailed(f"{folder}: timm's {architecture} differs by {difference:.3g} from the run's network")
-    check_preparation(plain, facts.data.preparation)
+    if config.data.channels == 3:  # timm's transforms are for RGB
+        check_preparation(plain, facts.data.preparation)
 
 
 def check_preparation(model: nn.Module, preparation: Preparation) -> None:
@@ -237,11 +238,12 @@ def prepared(image: Image.Image, preparation: Preparation) -> Tensor:
 
 def timm_model(config: Config, networks: Networks, net: Network) -> tuple[nn.Module, str, dict[str, Any]]:
     """(the module, timm's name, arguments of `create_model`); raises `UserError` where plain timm has no such model."""
+    channels = config.data.channels
     if net == "agent":
         if mirrors(config.model.agent):
             raise UserError(f"--format timm: {config.model.agent.name} is no model of timm; use onnx or torchscript")
         assert isinstance(networks.agent, TimmCNN)
-        return networks.agent.cnn, config.model.agent.name, {}
+        return networks.agent.cnn, config.model.agent.name, {} if channels == 3 else {"in_chans": channels}
     vit, model = config.model.vit, networks.vit
     assert model is not None
     if vit.attention != "softmax":
@@ -249,6 +251,7 @@ def timm_model(config: Config, networks: Networks, net: Network) -> tuple[nn.Mod
     shape = vit_shape(vit)
     arguments: dict[str, Any] = {
         "img_size": list(config.image_size),
+        **({} if channels == 3 else {"in_chans": channels}),
         "patch_size": list(shape.patch),
         "embed_dim": shape.width,
         "depth": shape.depth,

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from bootvit.config import Config, override
 from bootvit.data import DataFacts, ImageTable, Subset
 from bootvit.data.batches import EvalBatches
+from bootvit.data.decode import Picture, Planes, Reading, encode_png
 from bootvit.data.keys import by_hash
 from bootvit.data.listing import Passed, images_below
+from bootvit.data.sources import reading_of
 from bootvit.data.table import ArrowImages, FileImages, Images, printable
 from bootvit.driver import pick_device
 from bootvit.errors import RunFailed, UserError
@@ -37,13 +38,15 @@ def predict(
     """
     paths = [path for given in images for path in files_of(given)]
     names = [printable(path) for path in paths]
-    yield from answers(config, run_dir, lambda facts: of_files(paths, facts), names, top, best=best, ema=ema)
+    yield from answers(
+        config, run_dir, lambda facts: of_files(paths, facts, reading_of(config.data)), names, top, best=best, ema=ema
+    )
 
 
 def predict_images(
     config: Config,
     run_dir: Path,
-    images: Sequence[Image.Image],
+    images: Sequence[Picture],
     top: int = 5,
     *,
     best: bool = False,
@@ -51,7 +54,9 @@ def predict_images(
 ) -> Iterator[Row]:
     """The same of images in memory, prepared as if they were read from files; their names are their numbers."""
     names = [str(number) for number in range(len(images))]
-    yield from answers(config, run_dir, lambda facts: of_images(images, facts), names, top, best=best, ema=ema)
+    yield from answers(
+        config, run_dir, lambda facts: of_images(images, facts, reading_of(config.data)), names, top, best=best, ema=ema
+    )
 
 
 def answers(
@@ -97,16 +102,16 @@ def files_of(path: Path) -> list[Path]:
     return found
 
 
-def of_files(paths: Sequence[Path], facts: DataFacts) -> Subset:
+def of_files(paths: Sequence[Path], facts: DataFacts, reading: Reading) -> Subset:
     """Files as a data set; an image's label is its place."""
-    files = FileImages(Path(), pa.array([os.fsencode(path) for path in paths], pa.binary()))
+    files = FileImages(Path(), pa.array([os.fsencode(path) for path in paths], pa.binary()), reading)
     return _as_subset(files, [printable(path) for path in paths], facts)
 
 
-def of_images(images: Sequence[Image.Image], facts: DataFacts) -> Subset:
+def of_images(images: Sequence[Picture], facts: DataFacts, reading: Reading) -> Subset:
     """Images in memory as a data set; an image's label is its place."""
-    column = pa.chunked_array([pa.array([_png(image) for image in images], pa.binary())])
-    encoded = ArrowImages(column, np.arange(len(images), dtype=np.int64))
+    column = pa.chunked_array([pa.array([_encoded(image) for image in images], pa.binary())])
+    encoded = ArrowImages(column, np.arange(len(images), dtype=np.int64), reading)
     return _as_subset(encoded, [str(number) for number in range(len(images))], facts)
 
 
@@ -119,7 +124,9 @@ def _as_subset(images: Images, keys: Sequence[str], facts: DataFacts) -> Subset:
     )
 
 
-def _png(image: Image.Image) -> bytes:
+def _encoded(image: Picture) -> bytes:
+    if isinstance(image, Planes):
+        return encode_png(image.pixels)
     out = io.BytesIO()
     image.save(out, format="PNG")
     return out.getvalue()

@@ -1,4 +1,4 @@
-"""Runs cells of the map of the gain, one after another, for some hours, and writes the table and figure of what is there.
+"""Runs cells of the map of the gain, one after another, for some hours, and writes the table of what is there.
 
     python -m benchmarks.gain --root data/cifar10 --runs runs/gain --hours 0.5
 

@@ -49,8 +49,7 @@ class Cell(NamedTuple):
 
 
 def cells(seeds: int) -> Iterator[Cell]:
-    """Every cell: first the recipes on a tenth, with all seeds; then the other fractions, the long runs, the reference's
-    initial values."""
+    """Every cell: first the recipes on a tenth, with all seeds; then other fractions, long runs, initial values."""
     for init, schedule, fraction in product(INITS, SEEN, FRACTIONS):
         for seed, recipe, method in product(range(seeds), RECIPES, METHODS):
             yield Cell(fraction, schedule, recipe, init, method, seed)

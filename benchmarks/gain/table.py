@@ -113,7 +113,7 @@ def write(runs: Path, out: Path) -> str:
     lines = [
         "# The map of the gain",
         f"CIFAR-10 at 32 px, ViT of 72 x 4; {len(found)} runs finished; commit {source_version()}.",
-        "Top-1 on the test set after the last epoch, mean ± sd (seeds). Gains: less the ViT alone of the same seed, ± s.e.",
+        "Top-1 on the test set after the last epoch, mean ± sd (seeds); gains over the same seed's ViT alone, ± s.e.",
         table,
     ]
     out.mkdir(parents=True, exist_ok=True)

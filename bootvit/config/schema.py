@@ -162,15 +162,23 @@ class DataConfig(Section):
     held_out: float = Field(
         0.0, ge=0, lt=1, description="Share of the training images that is kept from training, for selection in sweeps."
     )
+    channels: int = Field(
+        3, ge=1, le=512, description="Channels of an image: 3 is RGB, 1 is grey; others come from TIFF or .npy files."
+    )
+    value_range: tuple[float, float] | None = Field(
+        None,
+        description="Values that become black and white where data.channels is not 3; null: the whole range of the "
+        "type, 0 to 1 for fractions.",
+    )
     image_size: Size = Field(224, description="What the networks see, in pixels: a side, or [rows, columns].")
     batch_size: int = Field(64, ge=1, description="Images of one training step, over all workers.")
     eval_batch_size: int = Field(128, ge=1, description="Images of one evaluation batch, over all workers.")
     num_classes: int | None = Field(None, ge=2, description="Number of classes; null: the source's.")
-    mean: tuple[float, float, float] | None = Field(
-        None, description="Mean of red, green and blue in [0, 1] that is subtracted; null: the source's."
+    mean: tuple[float, ...] | None = Field(
+        None, description="Mean of each channel, red, green and blue, in [0, 1] that is subtracted; null: the source's."
     )
-    std: tuple[Positive, Positive, Positive] | None = Field(
-        None, description="Standard deviation of red, green and blue that is divided by; null: the source's."
+    std: tuple[Positive, ...] | None = Field(
+        None, description="Standard deviation of each channel that is divided by; null: the source's."
     )
     augment: Literal["auto", "crop", "area", "none"] = Field(
         "auto",
@@ -214,6 +222,15 @@ class DataConfig(Section):
         "raise", description="A broken image ends the run, or is left out and counted."
     )
     workers: int = Field(2, ge=0, description="Processes of each worker that decode large images.")
+
+    @model_validator(mode="after")
+    def _every_channel_has_its_numbers(self) -> Self:
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if values is not None and len(values) != self.channels:
+                raise ValueError(f"data.{name} has {len(values)} numbers for data.channels={self.channels}")
+        if self.value_range is not None and not self.value_range[0] < self.value_range[1]:
+            raise ValueError(f"data.value_range={list(self.value_range)}: the smaller one comes first")
+        return self
 
 
 class NetworkObjective(Section):

@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from bootvit.data.decode import BrokenImage, decode
+from bootvit.data.decode import RGB_READING, BrokenImage, decode
 from bootvit.data.fractions import Subset
 from bootvit.data.table import ArrowImages, Rows
 from bootvit.errors import RunFailed, UserError
@@ -42,7 +42,7 @@ Stamp = list[int] | None  # device, inode, size, times of a file or folder; None
 class Decoded(NamedTuple):
     """The readable images of a subset."""
 
-    pixels: npt.NDArray[np.uint8]  # (n, rows, columns, 3), mapped
+    pixels: npt.NDArray[np.uint8]  # (n, rows, columns, channels), mapped
     places: npt.NDArray[np.int64]  # (n,) their places in the subset
     broken: list[tuple[int, str]]  # place in the subset, and what is wrong with it
 
@@ -60,7 +60,9 @@ def cache_folder() -> Path:
 
 def decoded(subset: Subset) -> Decoded:
     """All images of a subset as pixels of one size; images of several sizes are a `UserError`."""
-    return _entry("pixels", _made_from(subset, "pixels"), lambda place: _decode_all(subset, place), _read_pixels)
+    reading = subset.table.images.reading
+    kind = "pixels" if reading == RGB_READING else f"pixels {reading.channels} {reading.values}"
+    return _entry("pixels", _made_from(subset, kind), lambda place: _decode_all(subset, place), _read_pixels)
 
 
 def _read_pixels(entry: Path) -> Decoded:
@@ -78,7 +80,9 @@ def mapped(subset: Subset) -> ArrowImages:
         "arrow",
         _made_from(subset, "arrow"),
         lambda place: _write_arrow(subset, place),
-        lambda entry: ArrowImages(_map(entry / "images.arrow")["image"], np.load(entry / "order.npy")),
+        lambda entry: ArrowImages(
+            _map(entry / "images.arrow")["image"], np.load(entry / "order.npy"), subset.table.images.reading
+        ),
     )
 
 
@@ -223,7 +227,7 @@ def _decode_all(subset: Subset, folder: Path) -> None:
     with (folder / "all.npy").open("wb") as file:
         for place, data in subset.table.images.scan(subset.indices):
             try:
-                pixels = np.asarray(decode(data))
+                pixels = np.asarray(decode(data, subset.table.images.reading))
             except BrokenImage as err:
                 broken[place] = str(err)
                 continue

@@ -124,7 +124,7 @@ def _read(rows: Rows) -> Checked:
     for place, data in _table.images.scan(rows):
         row = int(rows[place])
         try:
-            image = decode(data)
+            image = decode(data, _table.images.reading)
         except BrokenImage as err:
             found.broken[row] = str(err)
             continue

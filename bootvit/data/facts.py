@@ -11,12 +11,12 @@ from typing import Any, Literal, Self
 
 from bootvit.errors import UserError
 
-RGB = tuple[float, float, float]
+RGB = tuple[float, ...]  # a number for each channel
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """How an evaluation image, RGB of any size, becomes what the networks see; always bilinear, as Pillow does it."""
+    """How an evaluation image of any size becomes what the networks see; always bilinear, as Pillow does it."""
 
     kind: Literal["resize", "centre_crop"]  # the whole image; or shrunk to cover 256/224 of `size`, the centre cut out
     size: tuple[int, int]  # (rows, columns)
@@ -71,5 +71,4 @@ def named(classes: Sequence[str]) -> str:
 
 
 def _rgb(values: Any) -> RGB:
-    red, green, blue = values
-    return float(red), float(green), float(blue)
+    return tuple(map(float, values))

@@ -13,7 +13,7 @@ from pathlib import Path
 from bootvit.data.table import printable
 from bootvit.errors import UserError
 
-ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm", ".npy")
 USUAL = (".jpg", ".JPEG", ".png", ".jpeg", ".JPG", ".PNG")  # looked for first
 DROPPINGS = frozenset(  # of archives, file servers and operating systems; names with a leading dot come to these
     (

@@ -24,10 +24,10 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from bootvit.config import DataConfig
 from bootvit.data.augment import pad_crop_flip
 from bootvit.data.cache import decoded, mapped
-from bootvit.data.decode import BrokenImage, failing_as_broken
+from bootvit.data.decode import BrokenImage, Picture, Planes, failing_as_broken
 from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
-from bootvit.data.resize import area_crop, centre_crop, enlarge, normalise, resize_batch
+from bootvit.data.resize import Opened, area_crop, centre_crop, enlarge, normalise, resize_batch
 from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
 from bootvit.data.vary import Variation
 from bootvit.errors import RunFailed, UserError
@@ -40,7 +40,7 @@ LONGEST_TMPDIR = 70  # bytes: Python's socket for sharing memory lies in it, and
 class Batch(NamedTuple):
     """This worker's share of one step."""
 
-    images: Tensor  # (local batch, 3, rows, cols) float32, normalised, on the device
+    images: Tensor  # (local batch, channels, rows, cols) float32, normalised, on the device
     labels: Tensor  # (local batch,) int64, or (local batch, classes) shares of mixed images, on the device
     global_size: int  # images of this step over all workers (those broken at loading counted)
     at: Rows | None = None  # which of its piece's images these are; None: all
@@ -133,7 +133,7 @@ class WorkerLoader:
         area = self._augment == "area" and numbers is not None
         vary = self._variation if numbers is not None and self._variation.needs else None
         cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip, vary)
-        steps = _Steps(self._source, self._subset.labels, pieces, order, numbers, cut)
+        steps = _Steps(self._source, self._subset.labels, pieces, order, numbers, cut, self._data.channels)
         workers = min(self._data.workers, len(pieces))
         loader: DataLoader[Loaded] = DataLoader(
             steps,
@@ -216,7 +216,7 @@ def none_readable(subset: Subset, broken: dict[str, str]) -> UserError:
 class Loaded(NamedTuple):
     """What a loading process hands over."""
 
-    images: Tensor | Pixels  # (n, rows, cols, 3) uint8, a tensor if it is in shared memory
+    images: Tensor | Pixels  # (n, rows, cols, channels) uint8, a tensor if it is in shared memory
     labels: Rows  # (n,)
     at: Rows  # (n,) which of the piece's images these are
     broken: list[tuple[int, str]]  # place in the subset, reason
@@ -231,12 +231,18 @@ class Cut:
     flip: bool
     vary: Variation | None = None
 
-    def __call__(self, image: Image.Image, numbers: Sequence[float]) -> Pixels:
-        """(rows, cols, 3); the first numbers are for `area`, the last for `vary`."""
+    def __call__(self, image: Picture, numbers: Sequence[float]) -> Pixels:
+        """(rows, cols, channels); the first numbers are for `area`, the last for `vary`."""
         part = self._cut(image, numbers)
-        return np.asarray(part if self.vary is None else self.vary.one(part, numbers[-self.vary.needs :]))
+        if self.vary is None:
+            return np.asarray(part)
+        own = numbers[-self.vary.needs :]
+        if isinstance(part, Image.Image):
+            return np.asarray(self.vary.one(part, own))
+        channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(part.pixels, 2, 0)))
+        return np.ascontiguousarray(np.moveaxis(self.vary.one(channels_first, own).numpy(), 0, 2))
 
-    def _cut(self, image: Image.Image, numbers: Sequence[float]) -> Image.Image:
+    def _cut(self, image: Opened, numbers: Sequence[float]) -> Opened:
         if self.kind == "area":
             return area_crop(image, self.size, numbers, flip=self.flip)
         return centre_crop(image, self.size) if self.kind == "centre_crop" else enlarge(image, self.size)
@@ -246,12 +252,13 @@ class Cut:
 class _Steps(Dataset[Loaded]):
     """Item i is the batch of the i-th piece; a broken image is reported as data, since errors lose their type."""
 
-    source: Callable[[int], Image.Image]
+    source: Callable[[int], Picture]
     labels: Rows
     pieces: Sequence[Piece]
     order: Rows
     numbers: Numbers
     cut: Cut
+    channels: int
 
     def __len__(self) -> int:
         return len(self.pieces)
@@ -272,7 +279,7 @@ class _Steps(Dataset[Loaded]):
                 if self._read(place, numbers[0], images, kept, broken):
                     at.append(0)
                     break
-        pixels = np.stack(images) if images else np.zeros((0, *self.cut.size, 3), np.uint8)
+        pixels = np.stack(images) if images else np.zeros((0, *self.cut.size, self.channels), np.uint8)
         return Loaded(_shared(pixels), self.labels[kept], np.array(at, np.int64), broken)
 
     def _read(
@@ -310,7 +317,7 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _by_place(subset: Subset) -> Callable[[int], Image.Image]:
+def _by_place(subset: Subset) -> Callable[[int], Picture]:
     """Opens the subset's i-th image."""
     images = subset.table.images
     if isinstance(images, ParquetImages):
@@ -319,9 +326,9 @@ def _by_place(subset: Subset) -> Callable[[int], Image.Image]:
 
 
 def _resize_with_pil(images: Tensor, size: tuple[int, int]) -> Tensor:
-    """(batch, 3, *size) uint8."""
+    """(batch, channels, *size) uint8."""
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
-    out = [np.asarray(enlarge(Image.fromarray(pixels), size)) for pixels in arrays]
+    out = [np.asarray(enlarge(Planes(pixels), size)) for pixels in arrays]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
 
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from bootvit.data.decode import BrokenImage
+from bootvit.data.decode import BrokenImage, Planes
+
+Opened = TypeVar("Opened", Image.Image, Planes)
 
 PRECISION = 22  # bits of a coefficient: 32, less 8 of a pixel and 2 to spare
 
@@ -83,11 +85,11 @@ def _taps_on(device: torch.device, source: int, target: int) -> list[tuple[Tenso
 
 @lru_cache(maxsize=64)
 def _channels_on(device: torch.device, values: tuple[float, ...]) -> Tensor:
-    """(1, 3, 1, 1) float32."""
-    return torch.tensor(values, dtype=torch.float32, device=device).view(1, 3, 1, 1)
+    """(1, channels, 1, 1) float32."""
+    return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
-def enlarge(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def enlarge(image: Opened, size: tuple[int, int]) -> Opened:
     """Pillow's own bilinear resizing to (rows, columns)."""
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
 
@@ -138,7 +140,7 @@ def _central_box(rows: int, cols: int, aspect: tuple[float, float]) -> Box:
     return Box((rows - height) // 2, (cols - width) // 2, height, width)
 
 
-def area_crop(image: Image.Image, size: tuple[int, int], numbers: Sequence[float], *, flip: bool) -> Image.Image:
+def area_crop(image: Opened, size: tuple[int, int], numbers: Sequence[float], *, flip: bool) -> Opened:
     """A random part of the image, resized to (rows, columns) and, if `flip`, mirrored half of the time (number 22)."""
     box = area_box(image.height, image.width, numbers)
     part = image.crop((box.left, box.top, box.left + box.cols, box.top + box.rows))
@@ -149,7 +151,7 @@ def area_crop(image: Image.Image, size: tuple[int, int], numbers: Sequence[float
 LARGEST = 1 << 28  # pixels of a resized image: one of 1x100000 would fill the memory
 
 
-def centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
+def centre_crop(image: Opened, size: tuple[int, int]) -> Opened:
     """Evaluation of large images: shrink so that 256/224 of `size` is just covered, then cut out the centre."""
     rows, cols = shrunk(image.height, image.width, size)
     if rows * cols > LARGEST:
@@ -184,7 +186,7 @@ def shrunk(rows: int, cols: int, size: tuple[int, int]) -> tuple[int, int]:
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(batch, 3, rows, cols) uint8 to float32: scaled to [0, 1], less the mean, over the deviation."""
+    """(batch, channels, rows, cols) uint8 to float32: scaled to [0, 1], less the mean, over the deviation."""
     out = images.to(torch.float32).div_(255)
     out -= _channels_on(out.device, tuple(mean))
     return out.div_(_channels_on(out.device, tuple(std)))

@@ -7,6 +7,7 @@ elsewhere the index in the original files.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -18,7 +19,7 @@ from bootvit.addresses import public_address, wrong_with
 from bootvit.config import DataConfig, pair
 from bootvit.data import cifar, folders, parquet
 from bootvit.data.cache import remembered, remembered_rows
-from bootvit.data.decode import BrokenImage, decode, encode_png, header_size
+from bootvit.data.decode import RGB_READING, BrokenImage, Reading, decode, encode_png, header_size
 from bootvit.data.found import Found, relabel
 from bootvit.data.keys import by_hash, column, fingerprint_of
 from bootvit.data.notes import class_notes, orientation_notes, test_notes
@@ -62,7 +63,7 @@ def open_table(
     notes = [] if notes is None else notes
     if split == "test" and like is None:
         like = open_table(data, "train", classes=classes)
-    found = _find(data, split, notes)
+    found = _read_as(_find(data, split, notes), data)
     if found is None or not len(found.labels):
         if split == "test" and found is None:
             return None
@@ -70,9 +71,25 @@ def open_table(
     return _finish(found, data, like, classes, notes)
 
 
+def _read_as(found: Found | None, data: DataConfig) -> Found | None:
+    """The same with images read as `data.channels` says."""
+    if found is None or isinstance(found.images, PixelImages):
+        have = 3 if found is None else found.images.pixels.shape[3]  # type: ignore[union-attr]
+        if found is not None and have != data.channels:
+            raise UserError(f"data.channels={data.channels}: the images of source {data.source!r} have {have}")
+        return found
+    images = replace(found.images, reading=reading_of(data))
+    return found if data.channels == 3 else replace(found, images=images, constants=None)
+
+
+def reading_of(data: DataConfig) -> Reading:
+    """How a config's images are read."""
+    return RGB_READING if data.channels == 3 else Reading(data.channels, data.value_range)
+
+
 def _find(data: DataConfig, split: Split, notes: list[str]) -> Found | None:
     if data.source == "digits":
-        return _digits(split)
+        return _digits(split, data.channels)
     if data.source == "fake":
         return _fake(data, split)
     root = _root(data)
@@ -101,7 +118,7 @@ def _root(data: DataConfig) -> Place:
 # ------------------------------------------------------------------------------------------ made in memory
 
 
-def _digits(split: Split) -> Found:
+def _digits(split: Split, channels: int) -> Found:
     """scikit-learn's 1,797 digits of 8x8 pixels, grey 0..16 as 0..255.
 
     They come without a split: the test part is the last fifth of each class in hash order, 358 images.
@@ -114,7 +131,7 @@ def _digits(split: Split) -> Found:
     grey = np.round(raw.images * (255 / 16)).astype(np.uint8)
     labels = raw.target.astype(np.int64)
     rows = _digits_rows(labels, split)
-    pixels = np.repeat(grey[rows, :, :, None], 3, axis=3)
+    pixels = np.repeat(grey[rows, :, :, None], min(channels, 3), axis=3)
     names = tuple(str(digit) for digit in range(10))
     return Found(PixelImages(pixels), labels[rows], column(map(str, rows)), names, auto="none")
 
@@ -239,14 +256,14 @@ def _constants(found: Found, data: DataConfig, native: tuple[int, int] | None, o
         return data.mean, data.std
     if found.constants is not None:
         mean, std = found.constants
-    elif native and not isinstance(found.images, FileImages):
+    elif data.channels != 3 or (native and not isinstance(found.images, FileImages)):
         numbers = _kept(
             found.images,
             "mean, std",
             pa.float64(),
             lambda: [n for rgb in measure(found.images, order[:MEASURED]) for n in rgb],
         )
-        mean, std = _rgb(numbers[:3]), _rgb(numbers[3:])
+        mean, std = _rgb(numbers[: data.channels]), _rgb(numbers[data.channels :])
     else:
         mean, std = IMAGENET
     return data.mean or mean, data.std or std
@@ -284,12 +301,13 @@ def native_size(images: Images, first: Sequence[bytes]) -> tuple[int, int] | Non
 
 def measure(images: Images, rows: Rows) -> tuple[RGB, RGB]:
     """Mean and deviation per channel over the pixels of some images (broken ones aside), to 4 decimals."""
-    total, squares, count = np.zeros(3, np.int64), np.zeros(3, np.int64), 0
+    channels = images.reading.channels
+    total, squares, count = np.zeros(channels, np.int64), np.zeros(channels, np.int64), 0
     for pixels in _arrays(images, rows):
-        flat = pixels.reshape(-1, 3).astype(np.int64)
+        flat = pixels.reshape(-1, channels).astype(np.int64)
         total, squares, count = total + flat.sum(0), squares + (flat**2).sum(0), count + len(flat)
     if not count:
-        return IMAGENET
+        return IMAGENET if channels == 3 else ((0.5,) * channels, (0.25,) * channels)
     mean = total / count / 255
     std = np.sqrt(np.maximum(squares / count / 255**2 - mean**2, 1e-6))
     return _rgb(mean), _rgb(std)
@@ -301,12 +319,11 @@ def _arrays(images: Images, rows: Rows) -> list[npt.NDArray[np.uint8]]:
     out = []
     for _, data in images.scan(rows):
         try:
-            out.append(np.asarray(decode(data)))
+            out.append(np.asarray(decode(data, images.reading)))
         except BrokenImage:
             continue  # reported when the images are used
     return out
 
 
 def _rgb(values: npt.NDArray[np.float64] | Sequence[float]) -> RGB:
-    red, green, blue = (round(float(value), 4) for value in values)
-    return red, green, blue
+    return tuple(round(float(value), 4) for value in values)

@@ -22,12 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from bootvit.data.decode import BrokenImage, decode, encode_png
+from bootvit.data.decode import RGB_READING, BrokenImage, Picture, Planes, Reading, decode, encode_png
 from bootvit.data.stores import AHEAD, AHEAD_BYTES, StorePath, ahead
 from bootvit.errors import OF_THE_MACHINE, UserError
 
 Rows = npt.NDArray[np.int64]
-RGB = tuple[float, float, float]
+RGB = tuple[float, ...]  # a number for each channel
 Augment = Literal["crop", "area", "none"]
 Place = Path | StorePath
 T = TypeVar("T")
@@ -37,13 +37,19 @@ _CONTROL = re.compile("[\x00-\x1f\x7f]")
 
 @dataclass(frozen=True)
 class PixelImages:
-    """Raw images in memory: (N, rows, columns, 3) uint8."""
+    """Raw images in memory: (N, rows, columns, channels) uint8."""
 
     pixels: npt.NDArray[np.uint8]
 
-    def open(self, row: int) -> Image.Image:
+    @property
+    def reading(self) -> Reading:
+        """Nothing is converted."""
+        return Reading(self.pixels.shape[3])
+
+    def open(self, row: int) -> Picture:
         """One image."""
-        return Image.fromarray(self.pixels[row])
+        pixels = self.pixels[row]
+        return Image.fromarray(pixels) if pixels.shape[2] == 3 else Planes(pixels)
 
     def scan(self, rows: Rows) -> Iterator[tuple[int, bytes]]:
         """(place in `rows`, image as PNG)."""
@@ -65,10 +71,11 @@ class FileImages:
 
     root: Path
     paths: pa.Array | pa.ChunkedArray  # binary: names are bytes to the file system, and need not be UTF-8
+    reading: Reading = RGB_READING
 
-    def open(self, row: int) -> Image.Image:
+    def open(self, row: int) -> Picture:
         """Read and decode one image."""
-        return decode(self._read(row))
+        return decode(self._read(row), self.reading)
 
     def scan(self, rows: Rows) -> Iterator[tuple[int, bytes]]:
         """(place in `rows`, the file's bytes)."""
@@ -123,10 +130,11 @@ class ArrowImages:
 
     column: pa.ChunkedArray
     order: Rows
+    reading: Reading = RGB_READING
 
-    def open(self, row: int) -> Image.Image:
+    def open(self, row: int) -> Picture:
         """Decode one image."""
-        return decode(self._bytes(row))
+        return decode(self._bytes(row), self.reading)
 
     def scan(self, rows: Rows) -> Iterator[tuple[int, bytes]]:
         """(place in `rows`, encoded image)."""
@@ -151,6 +159,7 @@ class ParquetImages:
 
     files: tuple[Place, ...]
     column: str  # a binary column, or `image.bytes` inside a struct
+    reading: Reading = RGB_READING
 
     @cached_property
     def groups(self) -> list[tuple[int, int, int]]:

@@ -108,15 +108,15 @@ class AgentBlock(nn.Module):
         return x
 
 
-def patch_stem(width: int, patch: tuple[int, int]) -> nn.Module:
-    """(batch, 3, rows, cols) -> (batch, D, rows / patch, cols / patch)."""
-    return nn.Conv2d(3, width, patch, stride=patch)
+def patch_stem(channels: int, width: int, patch: tuple[int, int]) -> nn.Module:
+    """(batch, channels, rows, cols) -> (batch, D, rows / patch, cols / patch)."""
+    return nn.Conv2d(channels, width, patch, stride=patch)
 
 
-def resnet_stem(width: int, middle: int) -> nn.Module:
+def resnet_stem(channels: int, width: int, middle: int) -> nn.Module:
     """7x7 stride 2, BN, GELU, max-pool stride 2, 3x3 stride 2: an eighth of the image's sides."""
     return nn.Sequential(
-        nn.Conv2d(3, middle, 7, stride=2, padding=3, bias=False),
+        nn.Conv2d(channels, middle, 7, stride=2, padding=3, bias=False),
         nn.BatchNorm2d(middle),
         nn.GELU(),
         nn.MaxPool2d(3, stride=2, padding=1),

@@ -160,9 +160,9 @@ def _norms_take_one_image(config: Config) -> bool:
     import torch
 
     with torch.random.fork_rng(), torch.no_grad():  # its maps are known only by asking it
-        cnn = timm.create_model(cfg.name, num_classes=2)
+        cnn = timm.create_model(cfg.name, num_classes=2, in_chans=config.data.channels)
         try:
-            cnn.train()(torch.zeros(1, 3, *config.image_size))
+            cnn.train()(torch.zeros(1, config.data.channels, *config.image_size))
         except ValueError as err:
             if "more than 1 value per channel" not in str(err):
                 raise

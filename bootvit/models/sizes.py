@@ -142,7 +142,7 @@ def _gflops(networks: Networks, net: str) -> float:
         assert agent is not None
         forward = agent
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        forward(torch.empty(1, 3, *networks.config.image_size, device="meta"))
+        forward(torch.empty(1, networks.config.data.channels, *networks.config.image_size, device="meta"))
     return float(counter.get_total_flops()) / 1e9
 
 

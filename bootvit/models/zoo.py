@@ -41,6 +41,8 @@ def _vit_arguments(config: Config) -> dict[str, Any]:
     """What differs from the named model, as `timm.create_model` takes it."""
     vit, shape = config.model.vit, vit_shape(config.model.vit)
     sizes: dict[str, Any] = {"img_size": config.image_size}
+    if config.data.channels != 3:
+        sizes["in_chans"] = config.data.channels
     if vit.width is not None or vit.depth is not None or vit.heads is not None or vit.mlp_width is not None:
         # timm takes a ratio and truncates: half a unit more keeps the product from falling below the integer
         ratio = (shape.mlp_width + 0.5) / shape.width
@@ -63,7 +65,7 @@ def _vit_arguments(config: Config) -> dict[str, Any]:
 def pretrained(config: Config, network: Network) -> nn.Module:
     """timm's own model with the weights of its hub, head included, in the config's sizes."""
     if network == "agent":
-        return timm.create_model(config.model.agent.name, pretrained=True)  # type: ignore[no-any-return]
+        return timm.create_model(config.model.agent.name, pretrained=True, in_chans=config.data.channels)  # type: ignore[no-any-return]
     return timm.create_model(config.model.vit.name, pretrained=True, **_vit_arguments(config))  # type: ignore[no-any-return]
 
 
@@ -71,17 +73,18 @@ def build_agent(config: Config, num_classes: int, vit: VisionTransformer | None)
     """The agent: on its own weights, on those of `vit` (method `shared`), or a CNN of timm in its place."""
     cfg = config.model.agent
     if not mirrors(cfg):
-        return TimmCNN(timm.create_model(cfg.name, num_classes=num_classes))
+        return TimmCNN(timm.create_model(cfg.name, num_classes=num_classes, in_chans=config.data.channels))
     shape = vit_shape(config.model.vit)
     if config.method == "shared":
         assert vit is not None
         blocks = _shared_blocks(config, vit, agent_taps(config))
     else:
         blocks = _own_blocks(config, shape)
+    channels = config.data.channels
     stem = (
-        patch_stem(shape.width, agent_patch(cfg, shape))
+        patch_stem(channels, shape.width, agent_patch(cfg, shape))
         if cfg.stem == "patch"
-        else resnet_stem(shape.width, cfg.stem_width)
+        else resnet_stem(channels, shape.width, cfg.stem_width)
     )
     agent = Agent(stem, blocks, cfg.downsample, shape.width, num_classes)
     init_agent(agent, config.model.init)
