@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import pytest
 import timm
 import torch
+from onnx.reference import ReferenceEvaluator
 from PIL import Image
 
 import bootvit
@@ -133,11 +133,10 @@ def test_a_folder_is_trained_on_evaluated_exported_and_predicted(
     images = torch.randn(2, channels, 16, 16)
     mine = run.networks["vit"](images).detach()
     plain = timm.create_model(f"local-dir:{tmp_path}/runs/run/export/run-vit", pretrained=True).eval()
-    assert plain.pretrained_cfg["input_size"] == (channels, 16, 16) or plain.pretrained_cfg["input_size"][0] == channels
+    assert tuple(plain.pretrained_cfg["input_size"]) == (channels, 16, 16)
     torch.testing.assert_close(plain(images).detach(), mine)
-    session = onnxruntime.InferenceSession(f"{tmp_path}/runs/run/export/run-vit.onnx") if onnxruntime else None
-    assert session is not None
-    np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], mine.numpy(), rtol=1e-3, atol=1e-4)
+    graph = ReferenceEvaluator(f"{tmp_path}/runs/run/export/run-vit.onnx")
+    np.testing.assert_allclose(graph.run(None, {"images": images.numpy()})[0], mine.numpy(), rtol=1e-3, atol=1e-4)
     path = sorted((tmp_path / "images" / "test" / "light").iterdir())[0]
     capsys.readouterr()
     assert main(["predict", "run", str(path), "--json"]) == 0
