@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cluster_processes import processes
 
 from bootvit import checkpoint
 from bootvit.errors import UserError
@@ -98,27 +99,19 @@ def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[str], secon
 
 
 def kill_worker(cluster: Cluster) -> None:
-    os.kill(workers()[-1], signal.SIGKILL)
+    os.kill(workers(cluster)[-1], signal.SIGKILL)
 
 
 def halt_worker(cluster: Cluster) -> None:
     """It is there and answers nothing: the other one waits in a collective."""
-    os.kill(workers()[-1], signal.SIGSTOP)
+    os.kill(workers(cluster)[-1], signal.SIGSTOP)
 
 
-def workers() -> list[int]:
+def workers(cluster: Cluster) -> list[int]:
     """The processes that train."""
-    names = (path for path in Path("/proc").iterdir() if path.name.isdigit())
-    pids = [int(path.name) for path in names if b"RayTrainWorker" in read(path / "cmdline")]
-    assert pids
+    pids = processes("ray::RayTrainWorker", cluster.local)
+    assert len(pids) == 2, pids
     return pids
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:  # it has just ended
-        return b""
 
 
 def kill_node(cluster: Cluster) -> None:
