@@ -17,7 +17,7 @@ class Tally:
     """What one network says of the images of an evaluation."""
 
     def __init__(self, classes: int, device: torch.device) -> None:
-        self.confusion = torch.zeros(classes, classes, dtype=torch.int64, device=device)  # (true, predicted)
+        self.classes = torch.zeros(classes, 3, dtype=torch.int64, device=device)  # images, guesses, right ones of each
         self.bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)  # images, right ones, summed confidence
         self.said: list[tuple[Tensor, Tensor]] = []  # probabilities (batch, classes), labels (batch,), on the host
         self.images = 0
@@ -26,8 +26,9 @@ class Tally:
         """A batch of this worker's: (batch, classes) and (batch,)."""
         chances = logits.double().softmax(1)
         confidence, guesses = chances.max(1)
-        classes = len(self.confusion)
-        self.confusion += torch.bincount(labels * classes + guesses, minlength=classes**2).view(classes, classes)
+        classes = len(self.classes)
+        for column, of in enumerate((labels, guesses, labels[guesses == labels])):
+            self.classes[:, column] += torch.bincount(of, minlength=classes)
         places = (confidence * BINS).ceil().long().clamp_(1, BINS) - 1  # bins hold their upper ends
         seen = torch.stack([torch.ones_like(confidence), (guesses == labels).double(), confidence], 1)
         self.bins.index_add_(0, places.where(confidence.isfinite(), 0), seen)
@@ -42,13 +43,13 @@ class Tally:
         the rest, left out of large evaluations; a class without images counts in no mean.
         """
         if world > 1:
-            dist.all_reduce(self.confusion)
+            dist.all_reduce(self.classes)
             dist.all_reduce(self.bins)
-        confusion = self.confusion.cpu().numpy()
-        found = of_counts(confusion) | {"ece": calibration_error(self.bins.cpu().numpy())}
-        if confusion.sum() * len(confusion) <= LARGEST and (auroc := self._auroc(world)) is not None:
+        counts = self.classes.cpu().numpy()
+        found = of_counts(counts) | {"ece": calibration_error(self.bins.cpu().numpy())}
+        if counts[:, 0].sum() * len(counts) <= LARGEST and (auroc := self._auroc(world)) is not None:
             found["auroc"] = auroc
-        return found, per_class(confusion)
+        return found, per_class(counts)
 
     def _auroc(self, world: int) -> float | None:
         own = [(chances.numpy(), labels.numpy()) for chances, labels in self.said]
@@ -60,17 +61,16 @@ class Tally:
         return mean_auroc(chances, labels)
 
 
-def of_counts(confusion: npt.NDArray[np.int64]) -> dict[str, float]:
-    """Balanced accuracy and macro F1 in percent, of a confusion matrix (true, predicted)."""
-    right, images, guesses = confusion.diagonal(), confusion.sum(1), confusion.sum(0)
-    there = images > 0
-    recalls, f1 = right[there] / images[there], 2 * right[there] / (images + guesses)[there]
+def of_counts(counts: npt.NDArray[np.int64]) -> dict[str, float]:
+    """Balanced accuracy and macro F1 in percent, of each class's (images, guesses, right ones)."""
+    images, guesses, right = counts[counts[:, 0] > 0].T
+    recalls, f1 = right / images, 2 * right / (images + guesses)
     return {"balanced_accuracy": 100 * float(recalls.mean()), "macro_f1": 100 * float(f1.mean())}
 
 
-def per_class(confusion: npt.NDArray[np.int64]) -> list[float | None]:
+def per_class(counts: npt.NDArray[np.int64]) -> list[float | None]:
     """Percent of each class's images that are right; None: it has none."""
-    return [100 * int(row[label]) / int(row.sum()) if row.sum() else None for label, row in enumerate(confusion)]
+    return [100 * right / images if images else None for images, _, right in counts.tolist()]
 
 
 def calibration_error(bins: npt.NDArray[np.float64]) -> float:

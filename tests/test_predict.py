@@ -18,6 +18,7 @@ from bootvit.__main__ import main
 from bootvit.config import Config, merge
 from bootvit.data import DataFacts, open_splits
 from bootvit.data.batches import EvalBatches
+from bootvit.data.decode import RGB_READING
 from bootvit.driver import train
 from bootvit.errors import UserError
 from bootvit.evaluate import read_checkpoint
@@ -82,7 +83,7 @@ def test_the_pixels_are_those_of_the_evaluation(trained: MakeRun, size: Any, dat
     assert test is not None
     wanted = torch.cat([b.images for b in EvalBatches(test, config, rank=0, world=1, device="cpu")])
     paths = [Path("images/test") / key for key in test.keys]
-    files = of_files(paths, facts)
+    files = of_files(paths, facts, RGB_READING)
     got = torch.cat([b.images for b in EvalBatches(files, config, facts.preparation, rank=0, world=1, device="cpu")])
     assert torch.equal(got, wanted)
 

@@ -135,7 +135,7 @@ def check_hint(case: Case, name: str) -> None:
 
 def check_stem(case: Case, middle: int) -> None:
     """The ResNet-like stem in eval mode."""
-    stem = resnet_stem(case.tensors["input.stem.conv2.bias"].shape[0], middle).to(case.device).double().eval()
+    stem = resnet_stem(3, case.tensors["input.stem.conv2.bias"].shape[0], middle).to(case.device).double().eval()
     places = {"conv1": "0", "norm": "1", "conv2": "4"}
     names = [key.removeprefix("input.stem.") for key in case.tensors if key.startswith("input.stem.")]
     stem.load_state_dict({f"{places[n.split('.')[0]]}.{n.split('.')[1]}": case.input(f"stem.{n}") for n in names})
