@@ -104,6 +104,7 @@ RULES: tuple[Rule, ...] = (
     ("data.fraction_rule", lambda r: r.config.data.fraction == 1, "data.fraction=1"),
     ("data.crop_padding", lambda r: r.augment != "crop", "augment is not crop"),
     ("data.flip", lambda r: r.augment == "none", "augment is none"),
+    ("data.color_jitter", lambda r: r.config.data.channels not in (1, 3), "the images are neither grey nor RGB"),
     ("data.value_range", lambda r: r.config.data.channels == 3, "RGB images have 8 bits"),
     ("data.policy_layers data.policy_strength", lambda r: r.config.data.policy != "rand", "data.policy is not rand"),
     ("data.resize", lambda r: not r.in_memory, "large images are always resized by PIL"),

@@ -26,6 +26,7 @@ from bootvit.models.agent import AgentBlock
 from bootvit.objective import class_weights, cross_entropy
 from bootvit.runs import claim
 from bootvit.tracking import read_journal
+from bootvit.tracking.artifacts import chosen
 
 METHODS = ("vit", "agent", "joint", "shared")
 
@@ -279,6 +280,7 @@ def test_a_run_without_progress_ends_and_is_tested_then(
     assert result["final"] is not None
     records = read_journal(folder.journal)[0]
     assert [r.epoch for r in records if r.name == "test/vit/top1"] == [3]
+    assert [saved.epoch for saved in chosen(config, folder.path)] == [4]  # of the two that are kept, for MLflow
 
 
 def test_patience_needs_held_out_images() -> None:

@@ -132,6 +132,8 @@ class WorkerLoader:
         cuda = self._device.type == "cuda"
         area = self._augment == "area" and numbers is not None
         vary = self._variation if numbers is not None and self._variation.needs else None
+        if vary is not None:
+            import torchvision.transforms.v2.functional  # noqa: F401  here once, and not in every process
         cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip, vary)
         steps = _Steps(self._source, self._subset.labels, pieces, order, numbers, cut, self._data.channels)
         workers = min(self._data.workers, len(pieces))

@@ -10,7 +10,7 @@ import math
 from collections.abc import Sequence
 from functools import lru_cache
 from itertools import permutations
-from typing import NamedTuple, Self, TypeVar
+from typing import Any, NamedTuple, Self, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -140,26 +140,37 @@ def apply(image: Picture, name: str, strength: float) -> Picture:
     """One operation by torchvision's name; what moves in is black."""
     from torchvision.transforms.v2 import functional as tv
 
-    still = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    moved: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
     tilt = math.degrees(math.atan(strength))
-    bound = 255.0 * strength
-    made: dict[str, object] = {
-        "Identity": lambda: image,
-        "ShearX": lambda: tv.affine(image, **still | {"shear": [tilt, 0.0]}, center=[0, 0]),
-        "ShearY": lambda: tv.affine(image, **still | {"shear": [0.0, tilt]}, center=[0, 0]),
-        "TranslateX": lambda: tv.affine(image, **still | {"translate": [int(strength), 0]}),
-        "TranslateY": lambda: tv.affine(image, **still | {"translate": [0, int(strength)]}),
-        "Rotate": lambda: tv.rotate(image, angle=strength),
-        "Brightness": lambda: tv.adjust_brightness(image, 1.0 + strength),
-        "Color": lambda: tv.adjust_saturation(image, 1.0 + strength),
-        "Contrast": lambda: tv.adjust_contrast(image, 1.0 + strength),
-        "Sharpness": lambda: tv.adjust_sharpness(image, 1.0 + strength),
-        "Posterize": lambda: tv.posterize(image, int(strength)),
-        "Solarize": lambda: tv.solarize(image, bound),
-        "AutoContrast": lambda: tv.autocontrast(image),
-        "Equalize": lambda: tv.equalize(image),
-    }
-    return made[name]()  # type: ignore[operator, no-any-return]
+    changed: Any = image
+    match name:
+        case "ShearX":
+            changed = tv.affine(image, **moved | {"shear": [tilt, 0.0]}, center=[0, 0])
+        case "ShearY":
+            changed = tv.affine(image, **moved | {"shear": [0.0, tilt]}, center=[0, 0])
+        case "TranslateX":
+            changed = tv.affine(image, **moved | {"translate": [int(strength), 0]})
+        case "TranslateY":
+            changed = tv.affine(image, **moved | {"translate": [0, int(strength)]})
+        case "Rotate":
+            changed = tv.rotate(image, angle=strength)
+        case "Brightness":
+            changed = tv.adjust_brightness(image, 1.0 + strength)
+        case "Color":
+            changed = tv.adjust_saturation(image, 1.0 + strength)
+        case "Contrast":
+            changed = tv.adjust_contrast(image, 1.0 + strength)
+        case "Sharpness":
+            changed = tv.adjust_sharpness(image, 1.0 + strength)
+        case "Posterize":
+            changed = tv.posterize(image, int(strength))
+        case "Solarize":
+            changed = tv.solarize(image, 255.0 * strength)
+        case "AutoContrast":
+            changed = tv.autocontrast(image)
+        case "Equalize":
+            changed = tv.equalize(image)
+    return changed  # type: ignore[no-any-return]
 
 
 def jittered(image: Picture, jitter: float, numbers: Sequence[float]) -> Picture:

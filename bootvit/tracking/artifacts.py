@@ -11,6 +11,7 @@ from pathlib import Path
 from bootvit import checkpoint
 from bootvit.checkpoint import Saved
 from bootvit.config import Config
+from bootvit.result import read_result
 from bootvit.tracking.journal import read_journal
 
 
@@ -21,13 +22,19 @@ def chosen(config: Config, run_dir: Path) -> list[Saved]:
     nothing is held out it is the final one, since the test set must not choose.
     """
     saved = checkpoint.described(run_dir / "checkpoints")
-    if config.tracking.checkpoints == "none" or not saved or not saved[-1].final:
+    if config.tracking.checkpoints == "none" or not saved or not (saved[-1].final or ended_early(config, run_dir)):
         return []
     if config.tracking.checkpoints == "all":
         return saved
     metric = f"held_out/{config.networks[0]}/top1"
     scores = {r.step: r.value for r in read_journal(run_dir / "metrics.jsonl")[0] if r.name == metric}
     return [max(saved, key=lambda one: (scores.get(one.step, -1.0), one.step))]
+
+
+def ended_early(config: Config, run_dir: Path) -> bool:
+    """Whether `schedule.patience` has ended the run: its last checkpoint was written before that was known."""
+    result = run_dir / "result.json"
+    return config.schedule.patience is not None and result.exists() and read_result(result)["status"] == "finished"
 
 
 def size_of(config: Config, run_dir: Path) -> int:
