@@ -138,39 +138,47 @@ def strengths(policy: str, name: str, rows: int, cols: int) -> tuple[float, ...]
 
 def apply(image: Picture, name: str, strength: float) -> Picture:
     """One operation by torchvision's name; what moves in is black."""
+    changed: Any = (moved if name in OPERATIONS[:GEOMETRY] else coloured)(image, name, strength)
+    return changed  # type: ignore[no-any-return]
+
+
+def moved(image: Any, name: str, strength: float) -> Any:
+    """`apply` of those that move pixels."""
     from torchvision.transforms.v2 import functional as tv
 
-    moved: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
+    still: dict[str, Any] = {"angle": 0.0, "translate": [0, 0], "scale": 1.0, "shear": [0.0, 0.0]}
     tilt = math.degrees(math.atan(strength))
-    changed: Any = image
     match name:
         case "ShearX":
-            changed = tv.affine(image, **moved | {"shear": [tilt, 0.0]}, center=[0, 0])
+            return tv.affine(image, **still | {"shear": [tilt, 0.0]}, center=[0, 0])
         case "ShearY":
-            changed = tv.affine(image, **moved | {"shear": [0.0, tilt]}, center=[0, 0])
+            return tv.affine(image, **still | {"shear": [0.0, tilt]}, center=[0, 0])
         case "TranslateX":
-            changed = tv.affine(image, **moved | {"translate": [int(strength), 0]})
+            return tv.affine(image, **still | {"translate": [int(strength), 0]})
         case "TranslateY":
-            changed = tv.affine(image, **moved | {"translate": [0, int(strength)]})
+            return tv.affine(image, **still | {"translate": [0, int(strength)]})
         case "Rotate":
-            changed = tv.rotate(image, angle=strength)
-        case "Brightness":
-            changed = tv.adjust_brightness(image, 1.0 + strength)
-        case "Color":
-            changed = tv.adjust_saturation(image, 1.0 + strength)
-        case "Contrast":
-            changed = tv.adjust_contrast(image, 1.0 + strength)
-        case "Sharpness":
-            changed = tv.adjust_sharpness(image, 1.0 + strength)
-        case "Posterize":
-            changed = tv.posterize(image, int(strength))
-        case "Solarize":
-            changed = tv.solarize(image, 255.0 * strength)
-        case "AutoContrast":
-            changed = tv.autocontrast(image)
-        case "Equalize":
-            changed = tv.equalize(image)
-    return changed  # type: ignore[no-any-return]
+            return tv.rotate(image, angle=strength)
+    return image  # Identity
+
+
+def coloured(image: Any, name: str, strength: float) -> Any:
+    """`apply` of those that change colours."""
+    from torchvision.transforms.v2 import functional as tv
+
+    factors = {
+        "Brightness": tv.adjust_brightness,
+        "Color": tv.adjust_saturation,
+        "Contrast": tv.adjust_contrast,
+        "Sharpness": tv.adjust_sharpness,
+    }
+    if name in factors:
+        return factors[name](image, 1.0 + strength)
+    if name == "Posterize":
+        return tv.posterize(image, int(strength))
+    if name == "Solarize":
+        return tv.solarize(image, 255.0 * strength)
+    return tv.autocontrast(image) if name == "AutoContrast" else tv.equalize(image)
 
 
 def jittered(image: Picture, jitter: float, numbers: Sequence[float]) -> Picture:
