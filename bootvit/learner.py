@@ -284,15 +284,9 @@ class Learner:
         if self.world.size > 1:
             dist.all_reduce(counts)
         last, *averaged = [[Counts.of(row) for row in rows] for rows in counts.tolist()]
-        out = dict(zip(nets, last, strict=True))
-        for net, own in out.items():
-            if not own.total:
-                raise RunFailed("none of the images of the evaluation can be read")
-            if not math.isfinite(own.loss_sum):
-                raise RunFailed(
-                    f"the evaluation's loss is not finite: {net}={own.loss_sum} (after few steps BatchNorm's young "
-                    "statistics can overflow: schedule.eval_every evaluates later)"
-                )
+        for what, rows_of in zip(("", " (averaged weights)"), (last, *averaged), strict=False):
+            for net, own in zip(nets, rows_of, strict=True):
+                check_counts(f"{net}{what}", own)
         for found, told in zip([last, *averaged], tallies, strict=True):
             for place, tally in enumerate(told):
                 measures, per_class = tally.measures(self.world.size)
@@ -366,6 +360,17 @@ class Counts(NamedTuple):
     def loss(self) -> float:
         """Mean cross entropy."""
         return self.loss_sum / self.total
+
+
+def check_counts(what: str, counts: Counts) -> None:
+    """Raise `RunFailed` where no image could be read, or the loss is no longer finite."""
+    if not counts.total:
+        raise RunFailed("none of the images of the evaluation can be read")
+    if not math.isfinite(counts.loss_sum):
+        raise RunFailed(
+            f"the evaluation's loss is not finite: {what}={counts.loss_sum} (after few steps BatchNorm's young "
+            "statistics can overflow: schedule.eval_every evaluates later)"
+        )
 
 
 def seed_from(*numbers: int) -> None:

@@ -19,22 +19,22 @@ class Tally:
     def __init__(self, classes: int, device: torch.device) -> None:
         self.classes = torch.zeros(classes, 3, dtype=torch.int64, device=device)  # images, guesses, right ones of each
         self.bins = torch.zeros(BINS, 3, dtype=torch.float64, device=device)  # images, right ones, summed confidence
-        self.said: list[tuple[Tensor, Tensor]] = []  # probabilities (batch, classes), labels (batch,), on the host
+        self.said: list[tuple[Tensor, Tensor]] = []  # probabilities (batch, classes), labels (batch,)
         self.images = 0
 
     def add(self, logits: Tensor, labels: Tensor) -> None:
         """A batch of this worker's: (batch, classes) and (batch,)."""
         chances = logits.double().softmax(1)
         confidence, guesses = chances.max(1)
-        classes = len(self.classes)
-        for column, of in enumerate((labels, guesses, labels[guesses == labels])):
-            self.classes[:, column] += torch.bincount(of, minlength=classes)
+        one, right = torch.ones_like(labels), guesses == labels
+        for column, (label, amount) in enumerate(((labels, one), (guesses, one), (labels, right.long()))):
+            self.classes[:, column].index_add_(0, label, amount)
         places = (confidence * BINS).ceil().long().clamp_(1, BINS) - 1  # bins hold their upper ends
-        seen = torch.stack([torch.ones_like(confidence), (guesses == labels).double(), confidence], 1)
+        seen = torch.stack([one.double(), right.double(), confidence], 1)
         self.bins.index_add_(0, places.where(confidence.isfinite(), 0), seen)
         self.images += len(labels)
-        if self.images * classes <= LARGEST:
-            self.said.append((chances.float().cpu(), labels.cpu()))
+        if self.images * len(self.classes) <= LARGEST:
+            self.said.append((chances.float(), labels))
 
     def measures(self, world: int) -> tuple[dict[str, float], list[float | None]]:
         """(measures by name, each class's accuracy in percent), of all workers' images, the same on every worker.
@@ -52,7 +52,7 @@ class Tally:
         return found, per_class(counts)
 
     def _auroc(self, world: int) -> float | None:
-        own = [(chances.numpy(), labels.numpy()) for chances, labels in self.said]
+        own = [(chances.cpu().numpy(), labels.cpu().numpy()) for chances, labels in self.said]
         parts: list[list[tuple[npt.NDArray[np.float32], npt.NDArray[np.int64]]]] = [own]
         if world > 1:
             parts = [[]] * world
