@@ -50,12 +50,12 @@ class Planes:
     @property
     def height(self) -> int:
         """Rows."""
-        return self.pixels.shape[0]
+        return int(self.pixels.shape[0])
 
     @property
     def width(self) -> int:
         """Columns."""
-        return self.pixels.shape[1]
+        return int(self.pixels.shape[1])
 
     def crop(self, box: tuple[int, int, int, int]) -> Planes:
         """A part of it: (left, top, right, bottom)."""
