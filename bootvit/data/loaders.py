@@ -27,7 +27,7 @@ from bootvit.data.cache import decoded, mapped
 from bootvit.data.decode import BrokenImage, Picture, Planes, failing_as_broken
 from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
-from bootvit.data.resize import Opened, area_crop, centre_crop, enlarge, normalise, resize_batch
+from bootvit.data.resize import area_crop, centre_crop, enlarge, normalise, resize_batch
 from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
 from bootvit.data.vary import Variation
 from bootvit.errors import RunFailed, UserError
@@ -244,7 +244,7 @@ class Cut:
         channels_first = torch.from_numpy(np.ascontiguousarray(np.moveaxis(part.pixels, 2, 0)))
         return np.ascontiguousarray(np.moveaxis(self.vary.one(channels_first, own).numpy(), 0, 2))
 
-    def _cut(self, image: Opened, numbers: Sequence[float]) -> Opened:
+    def _cut(self, image: Picture, numbers: Sequence[float]) -> Picture:
         if self.kind == "area":
             return area_crop(image, self.size, numbers, flip=self.flip)
         return centre_crop(image, self.size) if self.kind == "centre_crop" else enlarge(image, self.size)

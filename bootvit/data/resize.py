@@ -9,16 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-from bootvit.data.decode import BrokenImage, Planes
-
-Opened = TypeVar("Opened", Image.Image, Planes)
+from bootvit.data.decode import BrokenImage, Picture
 
 PRECISION = 22  # bits of a coefficient: 32, less 8 of a pixel and 2 to spare
 
@@ -89,7 +87,7 @@ def _channels_on(device: torch.device, values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
-def enlarge(image: Opened, size: tuple[int, int]) -> Opened:
+def enlarge(image: Picture, size: tuple[int, int]) -> Picture:
     """Pillow's own bilinear resizing to (rows, columns)."""
     return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
 
@@ -140,7 +138,7 @@ def _central_box(rows: int, cols: int, aspect: tuple[float, float]) -> Box:
     return Box((rows - height) // 2, (cols - width) // 2, height, width)
 
 
-def area_crop(image: Opened, size: tuple[int, int], numbers: Sequence[float], *, flip: bool) -> Opened:
+def area_crop(image: Picture, size: tuple[int, int], numbers: Sequence[float], *, flip: bool) -> Picture:
     """A random part of the image, resized to (rows, columns) and, if `flip`, mirrored half of the time (number 22)."""
     box = area_box(image.height, image.width, numbers)
     part = image.crop((box.left, box.top, box.left + box.cols, box.top + box.rows))
@@ -151,7 +149,7 @@ def area_crop(image: Opened, size: tuple[int, int], numbers: Sequence[float], *,
 LARGEST = 1 << 28  # pixels of a resized image: one of 1x100000 would fill the memory
 
 
-def centre_crop(image: Opened, size: tuple[int, int]) -> Opened:
+def centre_crop(image: Picture, size: tuple[int, int]) -> Picture:
     """Evaluation of large images: shrink so that 256/224 of `size` is just covered, then cut out the centre."""
     rows, cols = shrunk(image.height, image.width, size)
     if rows * cols > LARGEST:
