@@ -203,7 +203,9 @@ def write_timm(config: Config, networks: Networks, facts: Facts, folder: Path) -
             "fixed_input_size": facts.network == "vit",
             "num_classes": len(classes),
             **{key: known[key] for key in ("mean", "std", "interpolation", "crop_pct", "crop_mode")},
-            **{key: timms.get(key) for key in ("first_conv", "classifier")},  # to fine-tune: a new head
+            # to fine-tune: a new head, other colours; timm would take weights of other channels for those of RGB
+            "first_conv": timms.get("first_conv") if config.data.channels == 3 else None,
+            "classifier": timms.get("classifier"),
         },
     }
     write_json(folder / "config.json", described)
