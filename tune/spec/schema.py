@@ -76,7 +76,8 @@ class SelectConfig(Section):
     metric: Annotated[str, Field(pattern=METRIC)] = Field(
         "held_out.vit.top1",
         description="The measure, held_out.NETWORK.top1, or in top1's place top5, loss, balanced_accuracy, macro_f1, "
-        "auroc or ece, with ema_ before it for averaged weights; of a trial that trains only the other network, that one's.",
+        "auroc or ece, with ema_ before it for averaged weights; of a trial that trains only the other network, "
+        "that one's.",
     )
     mode: Literal["max", "min"] | None = Field(
         None, description="Whether the largest or the smallest is the best; null: min for loss and ece, else max."
