@@ -535,9 +535,15 @@ def import_reference(
 @app.command()
 def export(
     run: RunName,
-    form: Annotated[str, typer.Option("--format", metavar="timm|onnx|torchscript", help="timm writes a folder")],
+    form: Annotated[
+        str,
+        typer.Option("--format", metavar="timm|torch|onnx|pt2|torchscript", help="timm and torch write a folder"),
+    ],
     network: Annotated[Optional[str], typer.Option(metavar="vit|agent", help="default: the run's first")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file, or folder for timm; default: RUN/export/")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="file or folder; default: in RUN/export/")] = None,  # noqa: UP045
+    convolutions: Annotated[
+        bool, typer.Option("--convolutions", help="the agent, as an ordinary CNN of Conv2d layers (torch: always)")
+    ] = False,
     best: Best = False,
 ) -> None:
     """Write a run's weights in a format that others load.
@@ -550,7 +556,7 @@ def export(
     from bootvit.runs import open_run
 
     config, folder = open_run(run, "best" if best else "newest")
-    made = write(config, folder.path, form, network=network, out=out, best=best)
+    made = write(config, folder.path, form, network=network, out=out, best=best, convolutions=convolutions)
     typer.echo(made if out else folder.keep_export(made))
 
 

@@ -19,12 +19,12 @@ from bootvit import checkpoint
 from bootvit.__main__ import main
 from bootvit.config import Config
 from bootvit.data.facts import DataFacts, Preparation
-from bootvit.data.resize import centre_crop
 from bootvit.errors import RunFailed, UserError
 from bootvit.export import crop_of, export
 from bootvit.learner import Learner
 from bootvit.models.sizes import ROWS
 from bootvit.runs import claim
+from bootvit.standalone.images import centre_crop
 
 CLASSES = tuple(f"class {i}" for i in range(10))
 
