@@ -23,6 +23,7 @@ from bootvit.meter import Meter
 from bootvit.result import Accuracy, Best, EpochReport, Result, new_result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
+from bootvit.tracking.machine import Machine
 from bootvit.weights import warm_start
 
 NAMED = 20  # broken images that result.json names; it counts all
@@ -108,6 +109,7 @@ class Training:
         self.total = total_steps(config, self.batches.steps_per_epoch)
         self.journal, self.told = self._open_journal()
         self.meter = Meter(self.learner)
+        self.machine = Machine(world.device)
         self.agreement = Agreement(world.size)
         self.writer = Writer(folder.checkpoints, config.checkpoint, folder.check_lease)
         self.scores: dict[str, Scores] = {}
@@ -202,7 +204,8 @@ class Training:
     def _write_terms(self) -> None:
         with self._telling_what_is_left():
             terms = self.meter.take()
-        self._write(terms, self.at.epoch - (self.at.batch == 0))
+        load = self.machine.load() if self.config.tracking.system and self.world.rank == 0 else {}
+        self._write(terms | load, self.at.epoch - (self.at.batch == 0))
 
     @contextmanager
     def _telling_what_is_left(self) -> Iterator[None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -346,6 +347,10 @@ class RayConfig(Section):
         return self
 
 
+# every model inherits ABCMeta's `register`, which nobody calls
+warnings.filterwarnings("ignore", 'Field name "register" in "TrackingConfig" shadows')
+
+
 class TrackingConfig(Section):
     """MLflow."""
 
@@ -369,6 +374,24 @@ class TrackingConfig(Section):
     moments: bool = Field(
         False, description="Whether MLflow gets those checkpoints whole, with the optimiser's moments, to resume from."
     )
+    model: bool = Field(
+        True,
+        description="Whether MLflow gets a model to serve of a finished run; trials of a sweep have none.",
+    )
+    register: str | None = Field(
+        None,
+        pattern=r"^[^/:'\"]+$",
+        description="The name under which that model is registered in MLflow; null: it is not.",
+    )
+    system: bool = Field(
+        True, description="Whether the load of rank 0's machine is recorded, every ten seconds at most."
+    )
+
+    @model_validator(mode="after")
+    def _registers_a_model(self) -> Self:
+        if self.register is not None and not self.model:
+            raise ValueError(f"tracking.register={self.register}: tracking.model=false leaves nothing to register")
+        return self
 
 
 class Config(Section):

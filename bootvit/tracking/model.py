@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from bootvit.config import Config
+from bootvit.tracking.store import time_to_upload
 
+STEP = "bootvit.step"  # tag of a logged model: of which optimiser step
 NAME = "model"  # as in runs:/ID/model
 KIND = "image-classifier"
 PACKAGES = ("torch", "timm", "safetensors", "pillow", "numpy")
@@ -43,6 +45,51 @@ def save_model(config: Config, run_dir: Path, folder: Path, about: Any) -> None:
             input_example=pd.DataFrame({"image": [grey(*config.image_size)]}),
             pip_requirements=requirements(config),
         )
+
+
+def log_model(client: Any, run_id: str, config: Config, run_dir: Path, step: int) -> str:
+    """Log the model of a finished run and return its id: once for a step, and what was left half done is done."""
+    from mlflow.entities import LoggedModelOutput, LoggedModelStatus
+    from mlflow.models import Model
+
+    experiment = client.get_run(run_id).info.experiment_id
+    model = own_model(client, experiment, run_id, step)
+    if model is None:
+        tags = {STEP: str(step), "bootvit.method": config.method}
+        model = client.create_logged_model(experiment, NAME, run_id, tags=tags, model_type=KIND)
+    model_id = str(model.model_id)
+    if model.status == LoggedModelStatus.READY:
+        return model_id
+    with tempfile.TemporaryDirectory(dir=run_dir, prefix=".upload-") as work:
+        folder = Path(work) / NAME
+        about = Model(artifact_path=model.artifact_location, model_uuid=model_id, run_id=run_id, model_id=model_id)
+        save_model(config, run_dir, folder, about)
+        size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+        with time_to_upload(size):
+            client.log_model_artifacts(model_id, str(folder))
+    client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
+    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
+    return model_id
+
+
+def own_model(client: Any, experiment: str, run_id: str, step: int) -> Any:
+    """The model of this run and step that the store has; None if it has none."""
+    found = client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'")
+    return next((one for one in found if one.name == NAME and one.tags.get(STEP) == str(step)), None)
+
+
+def register_model(client: Any, name: str, model_id: str, run_id: str) -> None:
+    """Make the model a version of a registered one, once."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        client.create_registered_model(name)
+    except MlflowException as err:
+        if err.error_code != "RESOURCE_ALREADY_EXISTS":
+            raise
+    source = f"models:/{model_id}"
+    if not any(version.source == source for version in client.search_model_versions(f"name = '{name}'")):
+        client.create_model_version(name, source, run_id, await_creation_for=0, model_id=model_id)
 
 
 def signature(config: Config) -> Any:
