@@ -217,7 +217,7 @@ def check_target(target: Path, form: str, *, given: bool) -> None:
         return
     if target.exists() and not target.is_dir():
         raise UserError(f"--out {target}: is a file; --format {form} writes a folder")
-    if target.is_dir() and any(child.name not in FOLDERS[form] for child in target.iterdir()):
+    if target.is_dir() and any(child.name not in FOLDERS[form] and child.suffix != ".py" for child in target.iterdir()):
         raise UserError(f"--out {target}: there are other files in this folder")
 
 
@@ -381,6 +381,9 @@ def write_weights_and_facts(source: Source, folder: Path) -> None:
     """model.safetensors and config.json, as `bootvit.standalone.networks.load` reads them."""
     module, architecture = plain(source.config, network_of(source.networks, source.facts.network))
     write_weights(module, folder)
+    for given in source.config.imports if architecture.get("imports") else ():  # they register the network with timm
+        if given.endswith(".py"):
+            shutil.copyfile(given, folder / Path(given).name)
     write_json(folder / "config.json", {"architecture": architecture, **source.facts.described()})
 
 

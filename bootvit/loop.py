@@ -18,6 +18,7 @@ from bootvit.data import DataFacts, DataSplits, facts_of, open_splits
 from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
+from bootvit.extensions import named
 from bootvit.learner import Counts, Learner, World
 from bootvit.meter import Meter
 from bootvit.result import Accuracy, Best, EpochReport, Result, new_result
@@ -233,7 +234,18 @@ class Training:
             name = best_metric(self.config, metrics)
             self.writer.note_best(at.step, name, metrics[name])
         self._write(metrics | skipped | {"epoch": float(at.epoch)}, at.epoch - 1)
-        return EpochReport(at.epoch, at.step, metrics, last)
+        report = EpochReport(at.epoch, at.step, metrics, last)
+        if self.world.rank == 0:
+            self._call_back(report)
+        return report
+
+    def _call_back(self, report: EpochReport) -> None:
+        """The user's own functions; what one raises ends the run as failed."""
+        for given in self.config.callbacks:
+            try:
+                named("callbacks", given)(self.config, report)
+            except Exception as err:
+                raise RunFailed(f"callbacks={given}: {type(err).__name__}: {err}{what_is_left(self.folder)}") from err
 
     def _evaluate(self, last: bool) -> dict[str, Scores]:
         """Counts on the held-out part and, where `test` allows it now, on the test set."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from bootvit.config import Config
 from bootvit.errors import UserError
+from bootvit.extensions import module_name
 from bootvit.models.agent import Agent, AgentBlock, ConvMLP, HeadTapConv, TimmCNN
 from bootvit.models.shapes import OURS, Tap, vit_shape
 from bootvit.models.shared import SharedMixer, SharedMLP
@@ -26,8 +27,9 @@ Architecture = dict[str, Any]  # {"kind", "name", "sizes"}, as `bootvit.standalo
 
 def plain(config: Config, network: nn.Module) -> tuple[nn.Module, Architecture]:
     """(the network as an ordinary module, what it is) of a run's ViT or agent."""
+    carried = {"imports": [module_name(one) for one in config.imports]} if config.imports else {}
     if isinstance(network, TimmCNN):
-        return network.cnn, {"kind": "timm", "name": config.model.agent.name, "sizes": {}}
+        return network.cnn, {"kind": "timm", "name": config.model.agent.name, "sizes": {}, **carried}
     if isinstance(network, Agent):
         sizes, weights = convolutions(network)
         module = ConvolutionalAgent(num_classes=network.head.out_features, **sizes)
@@ -36,7 +38,7 @@ def plain(config: Config, network: nn.Module) -> tuple[nn.Module, Architecture]:
     vit, sizes = config.model.vit, vit_arguments(config)
     named = {key: list(v) if isinstance(v, tuple) else v for key, v in sizes.items() if key in PLAIN_SIZES}
     if vit.name not in OURS:
-        return network, {"kind": "timm", "name": vit.name, "sizes": named | _beside(config, network)}
+        return network, {"kind": "timm", "name": vit.name, "sizes": named | _beside(config, network), **carried}
     shape = vit_shape(vit)
     whole = {
         "patch_size": list(shape.patch),
