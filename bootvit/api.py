@@ -146,7 +146,7 @@ class Run:
         networks.load_state_dict(state["learner"]["networks"])
         out: dict[Network, nn.Module] = {}
         for net in self.config.networks:
-            module = networks.vit if net == "vit" else Classifier(networks, "agent")
+            module = networks.vit if net == "vit" else Classifier(self.config, networks, "agent")
             assert module is not None
             out[net] = module.eval()
         return out

@@ -179,34 +179,44 @@ def evaluate(
 @app.command()
 def predict(
     run: RunName,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files, and folders of them")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="image files, folders of them, or -: an image, or names, on stdin"),
+    ],
     top: Annotated[int, typer.Option(min=1, help="classes an image")] = 5,
     best: Best = False,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document a line")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="a line for each class of an image and network")] = False,
 ) -> int:
     """Class names and probabilities of images; status 1 if one of them could not be read.
 
-    Example: bootvit predict digits-joint seven.png
+    Example: bootvit predict digits-joint seven.png; find . -name '*.png' | bootvit predict digits-joint - --csv
 
     Next: bootvit export digits-joint --format onnx
     """
+    import sys
+
+    from bootvit.predict import as_line, csv_lines, from_stdin
     from bootvit.predict import predict as guess
     from bootvit.runs import open_run
 
+    if as_json and as_csv:
+        raise typer.BadParameter("--json or --csv, not both", param_hint="--csv")
     config, folder = open_run(run, "best" if best else "newest")
-    rows = []
     failed = False
-    for row in guess(config, folder.path, images, top, best=best):
-        if as_json:
-            rows.append(row)
-        if "error" in row:
-            failed = True
-            typer.echo(f"bootvit: failed: {row['image']}: {row['error']}", err=True)
-        elif not as_json:
-            chances = "  ".join(f"{name} {100 * p:.1f}%" for name, p in row["classes"].items())
-            typer.echo(f"{row['image']}  {row['network']}: {chances}")
-    if as_json:
-        print_json(rows)
+    if as_csv:
+        typer.echo("image,network,rank,class,probability,error")
+    with from_stdin(images, sys.stdin.buffer) as given:
+        for row in guess(config, folder.path, given, top, best=best):
+            if "error" in row:
+                failed = True
+                typer.echo(f"bootvit: failed: {row['image']}: {row['error']}", err=True)
+            if as_json:
+                print_json(row, line=True)
+            elif as_csv:
+                typer.echo(csv_lines(row), nl=False)
+            elif "error" not in row:
+                typer.echo(as_line(row))
     return int(failed)
 
 
@@ -535,9 +545,15 @@ def import_reference(
 @app.command()
 def export(
     run: RunName,
-    form: Annotated[str, typer.Option("--format", metavar="timm|onnx|torchscript", help="timm writes a folder")],
+    form: Annotated[
+        str,
+        typer.Option("--format", metavar="timm|torch|onnx|pt2|torchscript", help="timm and torch write a folder"),
+    ],
     network: Annotated[Optional[str], typer.Option(metavar="vit|agent", help="default: the run's first")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file, or folder for timm; default: RUN/export/")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="file or folder; default: in RUN/export/")] = None,  # noqa: UP045
+    convolutions: Annotated[
+        bool, typer.Option("--convolutions", help="the agent, as an ordinary CNN of Conv2d layers (torch: always)")
+    ] = False,
     best: Best = False,
 ) -> None:
     """Write a run's weights in a format that others load.
@@ -550,8 +566,28 @@ def export(
     from bootvit.runs import open_run
 
     config, folder = open_run(run, "best" if best else "newest")
-    made = write(config, folder.path, form, network=network, out=out, best=best)
+    made = write(config, folder.path, form, network=network, out=out, best=best, convolutions=convolutions)
     typer.echo(made if out else folder.keep_export(made))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[CONFIG]", help="whose storage, tracking and devices; default: the defaults"),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> int:
+    """Check versions, devices, storage, tracking, Ray and the clock, and say what to type; status 1 if one is wrong.
+
+    Example: bootvit doctor digits/joint ray.storage_path=/shared/runs
+
+    Next: bootvit train digits/joint --local
+    """
+    from bootvit.doctor import command
+
+    return command(config, overrides or [], as_json=as_json)
 
 
 @app.command()

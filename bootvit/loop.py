@@ -18,11 +18,13 @@ from bootvit.data import DataFacts, DataSplits, facts_of, open_splits
 from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
+from bootvit.extensions import named
 from bootvit.learner import Counts, Learner, World
 from bootvit.meter import Meter
 from bootvit.result import Accuracy, Best, EpochReport, Result, new_result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
+from bootvit.tracking.machine import Machine
 from bootvit.weights import warm_start
 
 NAMED = 20  # broken images that result.json names; it counts all
@@ -108,6 +110,7 @@ class Training:
         self.total = total_steps(config, self.batches.steps_per_epoch)
         self.journal, self.told = self._open_journal()
         self.meter = Meter(self.learner)
+        self.machine = Machine(world.device)
         self.agreement = Agreement(world.size)
         self.writer = Writer(folder.checkpoints, config.checkpoint, folder.check_lease)
         self.scores: dict[str, Scores] = {}
@@ -202,7 +205,8 @@ class Training:
     def _write_terms(self) -> None:
         with self._telling_what_is_left():
             terms = self.meter.take()
-        self._write(terms, self.at.epoch - (self.at.batch == 0))
+        load = self.machine.load() if self.config.tracking.system and self.world.rank == 0 else {}
+        self._write(terms | load, self.at.epoch - (self.at.batch == 0))
 
     @contextmanager
     def _telling_what_is_left(self) -> Iterator[None]:
@@ -230,7 +234,18 @@ class Training:
             name = best_metric(self.config, metrics)
             self.writer.note_best(at.step, name, metrics[name])
         self._write(metrics | skipped | {"epoch": float(at.epoch)}, at.epoch - 1)
-        return EpochReport(at.epoch, at.step, metrics, last)
+        report = EpochReport(at.epoch, at.step, metrics, last)
+        if self.world.rank == 0:
+            self._call_back(report)
+        return report
+
+    def _call_back(self, report: EpochReport) -> None:
+        """The user's own functions; what one raises ends the run as failed."""
+        for given in self.config.callbacks:
+            try:
+                named("callbacks", given)(self.config, report)
+            except Exception as err:
+                raise RunFailed(f"callbacks={given}: {type(err).__name__}: {err}{what_is_left(self.folder)}") from err
 
     def _evaluate(self, last: bool) -> dict[str, Scores]:
         """Counts on the held-out part and, where `test` allows it now, on the test set."""

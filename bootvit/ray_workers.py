@@ -16,6 +16,7 @@ from bootvit.addresses import is_address
 from bootvit.asks import on_signals, say_stopping
 from bootvit.config import Config, validate, whole
 from bootvit.errors import RunFailed, UserError
+from bootvit.extensions import import_all
 from bootvit.result import EpochReport, Result
 
 if TYPE_CHECKING:
@@ -200,6 +201,7 @@ def train_worker(job: dict[str, Any]) -> Result | None:
     from bootvit.worker_log import worker_log
 
     config = validate(Config, job["config"], "job")
+    import_all(config.imports)
     world, coordinator = ray_world(config), job["coordinator"]
 
     def tell(report: EpochReport) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -139,8 +140,15 @@ class DataConfig(Section):
         *("bootvit/data/sources.py", "bootvit/data/fractions.py", "bootvit/data/batches.py", "bootvit/data/loaders.py"),
         "bootvit/data/decode.py",
     )
-    source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "fake"] = Field(
-        "digits", description="The kind of data set; digits is embedded, fake is noise for trials of speed."
+    source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "dataset", "fake"] = Field(
+        "digits",
+        description="The kind of data set; digits is embedded, dataset is one of yours in Python, fake is noise for "
+        "trials of speed.",
+    )
+    dataset: str | None = Field(
+        None,
+        description="For source=dataset, MODULE:NAME of a module that `imports` lists: what, called with 'train' or "
+        "'test', gives something with __len__ and __getitem__ of (image, label), or None.",
     )
     root: Address | None = Field(
         None, description="The data set's folder, relative to where the command is started, or an address for parquet."
@@ -346,6 +354,10 @@ class RayConfig(Section):
         return self
 
 
+# every model inherits ABCMeta's `register`, which nobody calls
+warnings.filterwarnings("ignore", 'Field name "register" in "TrackingConfig" shadows')
+
+
 class TrackingConfig(Section):
     """MLflow."""
 
@@ -369,6 +381,24 @@ class TrackingConfig(Section):
     moments: bool = Field(
         False, description="Whether MLflow gets those checkpoints whole, with the optimiser's moments, to resume from."
     )
+    model: bool = Field(
+        True,
+        description="Whether MLflow gets a model to serve of a finished run; trials of a sweep have none.",
+    )
+    register: str | None = Field(
+        None,
+        pattern=r"^[^/:'\"]+$",
+        description="The name under which that model is registered in MLflow; null: it is not.",
+    )
+    system: bool = Field(
+        True, description="Whether the load of rank 0's machine is recorded, every ten seconds at most."
+    )
+
+    @model_validator(mode="after")
+    def _registers_a_model(self) -> Self:
+        if self.register is not None and not self.model:
+            raise ValueError(f"tracking.register={self.register}: tracking.model=false leaves nothing to register")
+        return self
 
 
 class Config(Section):
@@ -383,6 +413,15 @@ class Config(Section):
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="What initial weights, the order of images, augmentation and dropout depend on."
+    )
+    imports: tuple[str, ...] = Field(
+        (),
+        description="Modules of yours that are imported first, by name or as files beside the config: they register "
+        "models with timm, and have data sets and callbacks.",
+    )
+    callbacks: tuple[str, ...] = Field(
+        (),
+        description="MODULE:NAME of functions that rank 0 calls with the config and an EpochReport after every epoch.",
     )
     method: Method = Field(
         "joint",

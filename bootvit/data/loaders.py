@@ -27,9 +27,10 @@ from bootvit.data.cache import decoded, mapped
 from bootvit.data.decode import BrokenImage, failing_as_broken
 from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
-from bootvit.data.resize import area_crop, centre_crop, enlarge, normalise, resize_batch
+from bootvit.data.resize import area_crop, normalise, resize_batch
 from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
 from bootvit.errors import RunFailed, UserError
+from bootvit.standalone.images import centre_crop, enlarge
 
 Pixels = npt.NDArray[np.uint8]
 

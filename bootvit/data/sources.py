@@ -16,7 +16,7 @@ import pyarrow as pa
 
 from bootvit.addresses import public_address, wrong_with
 from bootvit.config import DataConfig, pair
-from bootvit.data import cifar, folders, parquet
+from bootvit.data import cifar, folders, own, parquet
 from bootvit.data.cache import remembered, remembered_rows
 from bootvit.data.decode import BrokenImage, decode, encode_png, header_size
 from bootvit.data.found import Found, relabel
@@ -75,6 +75,8 @@ def _find(data: DataConfig, split: Split, notes: list[str]) -> Found | None:
         return _digits(split)
     if data.source == "fake":
         return _fake(data, split)
+    if data.source == "dataset":
+        return own.read(data, split)
     root = _root(data)
     held_out = data.held_out > 0
     if data.source == "parquet" or isinstance(root, StorePath):

@@ -100,22 +100,6 @@ class AgentBlock(nn.Module):
         return x
 
 
-def patch_stem(width: int, patch: tuple[int, int]) -> nn.Module:
-    """(batch, 3, rows, cols) -> (batch, D, rows / patch, cols / patch)."""
-    return nn.Conv2d(3, width, patch, stride=patch)
-
-
-def resnet_stem(width: int, middle: int) -> nn.Module:
-    """7x7 stride 2, BN, GELU, max-pool stride 2, 3x3 stride 2: an eighth of the image's sides."""
-    return nn.Sequential(
-        nn.Conv2d(3, middle, 7, stride=2, padding=3, bias=False),
-        nn.BatchNorm2d(middle),
-        nn.GELU(),
-        nn.MaxPool2d(3, stride=2, padding=1),
-        nn.Conv2d(middle, width, 3, stride=2, padding=1),
-    )
-
-
 class Agent(nn.Module):
     """The agent CNN. `downsample` lists the blocks after which a 2x2 mean pool halves the map.
 

@@ -31,8 +31,9 @@ def chosen(config: Config, run_dir: Path) -> list[Saved]:
 
 
 def size_of(config: Config, run_dir: Path) -> int:
-    """Bytes of those checkpoints; without the optimiser's moments they are fewer."""
-    return sum(one.path.stat().st_size for one in chosen(config, run_dir) if one.path.exists())
+    """Bytes of those checkpoints, and of the model, at most: without the optimiser's moments they are fewer."""
+    model = checkpoint.described(run_dir / "checkpoints")[-1:] if config.tracking.model else []
+    return sum(one.path.stat().st_size for one in [*chosen(config, run_dir), *model] if one.path.exists())
 
 
 @contextmanager

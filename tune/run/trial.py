@@ -14,6 +14,7 @@ import ray
 from bootvit import checkpoint
 from bootvit.config import Config, validate
 from bootvit.driver import pick_device
+from bootvit.extensions import import_all
 from bootvit.learner import World
 from bootvit.loop import TestUse, epochs
 from bootvit.ray_workers import InThread, on_workers, train_worker, worker_job
@@ -33,6 +34,7 @@ def attempt(job: Job) -> Generator[Report, None, None]:
     A run that is finished is done at once, unless it has yet to meet the test set.
     """
     config = validate(Config, job.config, "trial")
+    import_all(config.imports)
     check_seen(config.run_dir.parent.parent / "sweep.yaml")  # else the trial would be claimed on this node's own disk
     folder, state = claim(config, resume=True, overwrite=False)
     if state == "finished":
