@@ -238,7 +238,8 @@ class Learner:
     def evaluate(self, batches: Iterable[Batch], answers: Answers | None = None) -> dict[Network, Counts]:
         """Correct and total over all workers; no padding, so any batch size and worker count count the same.
 
-        `answers` takes what the networks say of each of this worker's images. Raises `RunFailed` where no image could be read, or a network's loss is no longer finite.
+        `answers` takes what the networks say of each of this worker's images. Raises `RunFailed` where no image could
+        be read, or a network's loss is no longer finite.
         """
         self.networks.eval()
         self._share_buffers()

@@ -1,15 +1,16 @@
 """What a run's last evaluation has answered, image by image: `predictions.parquet` in the run's folder.
 
-A row an image, in the order of its subset: `split`, `key`, `label`, and for each network the class that it predicts, the
-probability of that class and the probability of the label. Those that a network was most wrong about have a thumbnail.
-The names of the classes are in the file's metadata, as JSON under `classes`. Accuracy by class, confusion and the most
-wrong images follow from it (`bootvit.report.answers`).
+A row an image, in the order of its subset: `split`, `key`, `label`, and for each network the class that it predicts,
+the probability of that class and the probability of the label. Those that a network was most wrong about have a
+thumbnail. The names of the classes are in the file's metadata, as JSON under `classes`. Accuracy by class, confusion
+and the most wrong images follow from it (`bootvit.report.answers`).
 """
 
 from __future__ import annotations
 
 import io
 import json
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,11 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch.distributed as dist
+from PIL import Image
 from torch import Tensor
 
 from bootvit.config import Network
-from bootvit.data.decode import BrokenImage, decode, failing_as_broken
+from bootvit.data.decode import BrokenImage, failing_as_broken
 from bootvit.data.fractions import Subset
+from bootvit.data.loaders import opened_by_place
+from bootvit.errors import RunFailed, UserError
 from bootvit.files import write_atomic
 
 if TYPE_CHECKING:
@@ -50,8 +54,7 @@ class Answers:
         assert batch.places is not None
         part: Columns = {"place": batch.places, "label": batch.labels.int().cpu().numpy()}
         for net, own in logits.items():
-            own = own.double()
-            chances, guessed = own.softmax(1), first_five(own)[:, :1]
+            chances, guessed = own.double().softmax(1), first_five(own.double())[:, :1]
             part[f"{net}_class"] = guessed[:, 0].int().cpu().numpy()
             part[f"{net}_probability"] = chances.gather(1, guessed)[:, 0].float().cpu().numpy()
             part[f"{net}_label_probability"] = chances.gather(1, batch.labels[:, None])[:, 0].float().cpu().numpy()
@@ -74,7 +77,7 @@ class Answers:
             "split": pa.array([split] * len(rows)).dictionary_encode(),
             "key": subset.table.rows["key"].take(pa.array(rows)),
             **{name: pa.array(values) for name, values in columns.items()},
-            "thumbnail": _thumbnails(subset, rows, columns),
+            "thumbnail": _thumbnails(subset, places, columns),
         }
         return pa.table(table)
 
@@ -85,30 +88,30 @@ def most_wrong(label: np.ndarray, guessed: np.ndarray, of_label: np.ndarray, cou
     return wrong[np.argsort(of_label[wrong], kind="stable")[:count]]
 
 
-def _thumbnails(subset: Subset, rows: np.ndarray, columns: Columns) -> pa.Array:
+def _thumbnails(subset: Subset, places: np.ndarray, columns: Columns) -> pa.Array:
+    """Pictures in the rows of the images that a network was most wrong about; none of what cannot be read any more."""
     nets = [name.removesuffix("_class") for name in columns if name.endswith("_class")]
     chosen = [
         most_wrong(columns["label"], columns[f"{net}_class"], columns[f"{net}_label_probability"], SHOWN)
         for net in nets
     ]
-    places = np.unique(np.concatenate(chosen))
-    found: list[bytes | None] = [None] * len(rows)
-    for at, data in subset.table.images.scan(rows[places]):
-        try:
-            found[int(places[at])] = thumbnail(data)
-        except BrokenImage:  # it has gone since it was evaluated
-            continue
+    found: list[bytes | None] = [None] * len(places)
+    try:
+        opened = opened_by_place(subset)
+        for row in np.unique(np.concatenate(chosen)).tolist():
+            found[row] = thumbnail(opened(int(places[row])))
+    except (BrokenImage, UserError, RunFailed, OSError) as err:  # a finished run is not to fail for want of a picture
+        print(f"bootvit: warning: no pictures of the most wrong images: {err}", file=sys.stderr, flush=True)
     return pa.array(found, pa.binary())
 
 
-def thumbnail(data: bytes) -> bytes:
-    """An image's bytes as a small PNG, or JPEG where it has been shrunk."""
-    image = decode(data)
+def thumbnail(image: Image.Image) -> bytes:
+    """An image as a small PNG, or as JPEG where it has been shrunk."""
     out = io.BytesIO()
     with failing_as_broken():
-        small = max(image.size) <= SIDE
-        image.thumbnail((SIDE, SIDE))
-        image.save(out, format="PNG" if small else "JPEG", quality=85)
+        small = image.copy()
+        small.thumbnail((SIDE, SIDE))
+        small.save(out, format="PNG" if small.size == image.size else "JPEG", quality=85)
     return out.getvalue()
 
 

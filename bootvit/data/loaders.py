@@ -103,7 +103,7 @@ class WorkerLoader:
     ) -> None:
         self._subset, self._data, self._preparation, self._device = subset, data, preparation, device
         self._augment = augment
-        self._source = _by_place(subset)
+        self._source = opened_by_place(subset)
         self._through_pipes = False
         self.broken: dict[str, str] = {}  # {image: reason}
 
@@ -280,7 +280,7 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _by_place(subset: Subset) -> Callable[[int], Image.Image]:
+def opened_by_place(subset: Subset) -> Callable[[int], Image.Image]:
     """Opens the subset's i-th image."""
     images = subset.table.images
     if isinstance(images, ParquetImages):
