@@ -34,6 +34,7 @@ from bootvit.optim import (
     network_schedule,
     put_back,
 )
+from bootvit.predictions import Answers, first_five
 
 # of weights; bf16 is autocast
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp64": torch.float64}
@@ -234,10 +235,11 @@ class Learner:
     # ------------------------------------------------------------------------------------------ evaluation
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[Network, Counts]:
+    def evaluate(self, batches: Iterable[Batch], answers: Answers | None = None) -> dict[Network, Counts]:
         """Correct and total over all workers; no padding, so any batch size and worker count count the same.
 
-        Raises `RunFailed` where no image could be read, or a network's loss is no longer finite.
+        `answers` takes what the networks say of each of this worker's images. Raises `RunFailed` where no image could
+        be read, or a network's loss is no longer finite.
         """
         self.networks.eval()
         self._share_buffers()
@@ -246,6 +248,8 @@ class Learner:
             with self._autocast():
                 features = self.networks.features(batch.images)
             counts += torch.stack([count(own.logits, batch.labels) for own in features.values()])
+            if answers is not None:
+                answers.add(batch, {net: own.logits for net, own in features.items()})
         if self.world.size > 1:
             dist.all_reduce(counts)
         out = {
@@ -325,8 +329,7 @@ def count(logits: Tensor, labels: Tensor) -> Tensor:
     One logit that is not finite makes the cross entropy nan.
     """
     logits = logits.double()
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (batch, 5)
-    hit = top == labels[:, None]
+    hit = first_five(logits) == labels[:, None]
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     loss = torch.where(logits.isfinite().all(), loss, torch.nan)
     total = torch.tensor(len(labels), device=logits.device)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import pyarrow as pa
 import torch.distributed as dist
 
 from bootvit import checkpoint
@@ -20,7 +21,8 @@ from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
 from bootvit.extensions import named
 from bootvit.learner import Counts, Learner, World
-from bootvit.meter import Meter
+from bootvit.meter import Meter, name_of
+from bootvit.predictions import Answers, write_predictions
 from bootvit.result import Accuracy, Best, EpochReport, Result, new_result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
@@ -114,6 +116,7 @@ class Training:
         self.agreement = Agreement(world.size)
         self.writer = Writer(folder.checkpoints, config.checkpoint, folder.check_lease)
         self.scores: dict[str, Scores] = {}
+        self.answers: dict[str, Answers] = {}  # the last evaluation's, by split
 
     # ------------------------------------------------------------------------------------------ going on
 
@@ -258,7 +261,9 @@ class Training:
                 continue
             prepared = self.facts.preparation
             batches = EvalBatches(subset, config, prepared, rank=world.rank, world=world.size, device=world.device)
-            scores[name] = self.learner.evaluate(batches)
+            if last:
+                self.answers[name] = Answers()
+            scores[name] = self.learner.evaluate(batches, self.answers.get(name))
             self.at.add_skipped(batches.broken, config.data, world)
         return scores
 
@@ -292,11 +297,25 @@ class Training:
                 "gpu_seconds": round(at.seconds * world.size, 3) if world.device.type == "cuda" else 0.0,
                 "skipped": len(at.skipped),
                 "skipped_images": [f"{where}: {reason}" for where, reason in sorted(at.skipped.items())][:NAMED],
+                "images": {name: len(part) for name, part in self._parts().items() if part is not None},
+                "machine": f"{world.size} x {name_of(world.device)}",
             }
         )
+        told = [self._told(name, answers) for name, answers in self.answers.items()]
         if world.rank == 0:
+            self.folder.check_lease()
+            write_predictions(told, self.splits.classes, self.folder.predictions)
             self.folder.write_result(result)
         return result
+
+    def _parts(self) -> dict[str, Subset | None]:
+        return {"train": self.splits.train, "held_out": self.splits.held_out, "test": self.splits.test}
+
+    def _told(self, split: str, answers: Answers) -> pa.Table | None:
+        """What was answered of a split, on rank 0."""
+        subset = self._parts()[split]
+        assert subset is not None
+        return answers.table(split, subset, self.world.rank, self.world.size)
 
 
 # ----------------------------------------------------------------------------------------- among the workers

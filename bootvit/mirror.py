@@ -12,7 +12,7 @@ from pathlib import Path
 from bootvit import checkpoint
 from bootvit.checkpoint import Saved
 from bootvit.errors import RunFailed, UserError
-from bootvit.files import read_json, write_json
+from bootvit.files import PREDICTIONS, read_json, write_json
 from bootvit.remote import Head, Hold, TakenOver, entry, entry_name, object_name, object_of
 from bootvit.storage import Store
 
@@ -110,6 +110,7 @@ class Mirror:
         self._put_changed("mlflow.json")
         if whole:
             hold.check()
+            self._put_changed(PREDICTIONS)
             self._put_changed("result.json")
 
     def _due(self, since: float) -> bool:

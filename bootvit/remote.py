@@ -31,11 +31,11 @@ from bootvit import checkpoint
 from bootvit.checkpoint import Saved
 from bootvit.data.cache import cache_folder
 from bootvit.errors import RunFailed, UserError
-from bootvit.files import read_json, replacing, write_atomic, write_json
+from bootvit.files import PREDICTIONS, read_json, replacing, write_atomic, write_json
 from bootvit.storage import Store
 
 FOLLOW_S = 2.0  # seconds between two looks of a driver at the log of its workers
-DOCUMENTS = ("config.yaml", "result.json", "mlflow.json")
+DOCUMENTS = ("config.yaml", "result.json", "mlflow.json", PREDICTIONS)
 
 
 # ------------------------------------------------------------------------------------------------- leases

@@ -17,7 +17,7 @@ from bootvit.addresses import is_address
 from bootvit.config import Config, dump_config, flatten, parse_yaml
 from bootvit.data.facts import DataFacts
 from bootvit.errors import RunFailed, UserError
-from bootvit.files import read_json, remove_parts, write_atomic, write_json
+from bootvit.files import PREDICTIONS, read_json, remove_parts, write_atomic, write_json
 from bootvit.load import load_config, make_config
 from bootvit.mirror import mirrored
 from bootvit.remote import Hold, TakenOver
@@ -83,6 +83,11 @@ class RunFolder:
     def checkpoints(self) -> Path:
         """The newest `checkpoint.keep`, and the best if that is asked for."""
         return self.path / "checkpoints"
+
+    @property
+    def predictions(self) -> Path:
+        """What the last evaluation has answered, image by image."""
+        return self.path / PREDICTIONS
 
     @property
     def result(self) -> Path:

@@ -43,6 +43,7 @@ class Batch(NamedTuple):
     images: Tensor  # (local batch, 3, rows, cols) float32, normalised, on the device
     labels: Tensor  # (local batch,) int64, on the device
     global_size: int  # images of this step over all workers (those broken at loading counted)
+    places: Rows | None = None  # (local batch,) where each image stands in its subset
 
 
 class Piece(NamedTuple):
@@ -66,9 +67,10 @@ class MemoryLoader:
         self.broken: dict[str, str] = {}  # {image: reason}
         if isinstance(subset.table.images, PixelImages):
             self._pixels, self._rows, self._labels = subset.table.images.pixels, subset.indices, subset.labels
+            self._places = np.arange(len(subset))
             return
         self._pixels, places, broken = decoded(subset)
-        self._rows, self._labels = np.arange(len(places)), subset.labels[places]
+        self._rows, self._labels, self._places = np.arange(len(places)), subset.labels[places], places
         for place, reason in broken:
             leave_out(subset, place, reason, data, self.broken)
         if not len(places):
@@ -91,7 +93,7 @@ class MemoryLoader:
         size, mean, std = self._preparation.size, self._preparation.mean, self._preparation.std
         images = resize_batch(images, size) if on_device else _to(_resize_with_pil(images, size), self._device)
         labels = _to(torch.from_numpy(self._labels[places]), self._device)
-        return Batch(normalise(images, mean, std), labels, part.global_size)
+        return Batch(normalise(images, mean, std), labels, part.global_size, self._places[places])
 
 
 class WorkerLoader:
@@ -102,7 +104,7 @@ class WorkerLoader:
     ) -> None:
         self._subset, self._data, self._preparation, self._device = subset, data, preparation, device
         self._augment = augment
-        self._source = _by_place(subset)
+        self._source = opened_by_place(subset)
         self._through_pipes = False
         self.broken: dict[str, str] = {}  # {image: reason}
 
@@ -114,7 +116,7 @@ class WorkerLoader:
         cuda = self._device.type == "cuda"
         area = self._augment == "area" and numbers is not None
         cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip)
-        steps = _Steps(self._source, self._subset.labels, pieces, order, numbers, cut)
+        steps = _Steps(self._source, pieces, order, numbers, cut)
         workers = min(self._data.workers, len(pieces))
         loader: DataLoader[Loaded] = DataLoader(
             steps,
@@ -162,9 +164,9 @@ class WorkerLoader:
             self._say_pipes()
             pixels = torch.from_numpy(pixels)
         images = _to(pixels, self._device).permute(0, 3, 1, 2)
-        labels = _to(torch.from_numpy(loaded.labels), self._device)
+        labels = _to(torch.from_numpy(self._subset.labels[loaded.places]), self._device)
         mean, std = self._preparation.mean, self._preparation.std
-        return Batch(normalise(images, mean, std), labels, part.global_size)
+        return Batch(normalise(images, mean, std), labels, part.global_size, loaded.places)
 
     def _say_pipes(self) -> None:
         if not self._through_pipes:
@@ -196,7 +198,7 @@ class Loaded(NamedTuple):
     """What a loading process hands over."""
 
     images: Tensor | Pixels  # (n, rows, cols, 3) uint8, a tensor if it is in shared memory
-    labels: Rows  # (n,)
+    places: Rows  # (n,) in the subset
     broken: list[tuple[int, str]]  # place in the subset, reason
 
 
@@ -220,7 +222,6 @@ class _Steps(Dataset[Loaded]):
     """Item i is the batch of the i-th piece; a broken image is reported as data, since errors lose their type."""
 
     source: Callable[[int], Image.Image]
-    labels: Rows
     pieces: Sequence[Piece]
     order: Rows
     numbers: Numbers
@@ -243,7 +244,7 @@ class _Steps(Dataset[Loaded]):
                 if self._read(place, numbers[0], images, kept, broken):
                     break
         pixels = np.stack(images) if images else np.zeros((0, *self.cut.size, 3), np.uint8)
-        return Loaded(_shared(pixels), self.labels[kept], broken)
+        return Loaded(_shared(pixels), np.array(kept, np.int64), broken)
 
     def _read(
         self, place: int, numbers: list[float], images: list[Pixels], kept: list[int], broken: list[tuple[int, str]]
@@ -280,7 +281,7 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _by_place(subset: Subset) -> Callable[[int], Image.Image]:
+def opened_by_place(subset: Subset) -> Callable[[int], Image.Image]:
     """Opens the subset's i-th image."""
     images = subset.table.images
     if isinstance(images, ParquetImages):
