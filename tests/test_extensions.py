@@ -50,7 +50,7 @@ class Shades:
 
 
 @register_model
-def my_tiny_vit(pretrained=False, **kwargs):
+def my_tiny_vit(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
     return VisionTransformer(**{"patch_size": 2, "embed_dim": 18, "depth": 1, "num_heads": 9, "mlp_ratio": 2} | kwargs)
 
 

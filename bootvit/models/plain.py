@@ -32,7 +32,7 @@ def plain(config: Config, network: nn.Module) -> tuple[nn.Module, Architecture]:
         return network.cnn, {"kind": "timm", "name": config.model.agent.name, "sizes": {}, **carried}
     if isinstance(network, Agent):
         sizes, weights = convolutions(network)
-        module = ConvolutionalAgent(num_classes=network.head.out_features, **sizes)
+        module = ConvolutionalAgent(num_classes=network.head.out_features, **sizes).to(network.head.weight.dtype)
         module.load_state_dict(weights)
         return module.eval(), {"kind": "agent", "sizes": sizes}
     vit, sizes = config.model.vit, vit_arguments(config)
