@@ -77,8 +77,9 @@ def encoded_or_pixels(image: Any) -> bytes | np.ndarray:
 
 def together(images: list[bytes | np.ndarray]) -> PixelImages | ArrowImages:
     """One array where all are pixels of one size, else all of them encoded."""
-    if all(isinstance(image, np.ndarray) for image in images) and len({image.shape for image in images}) == 1:
-        return PixelImages(np.stack(images))  # type: ignore[arg-type]
+    pixels = [image for image in images if isinstance(image, np.ndarray)]
+    if len(pixels) == len(images) and len({image.shape for image in pixels}) == 1:
+        return PixelImages(np.stack(pixels))
     encoded = [image if isinstance(image, bytes) else encode_png(image) for image in images]
     return ArrowImages(pa.chunked_array([pa.array(encoded, pa.large_binary())]), np.arange(len(encoded)))
 
