@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,8 +29,10 @@ from PIL import Image
 from torch import nn
 
 from bootvit import load
+from bootvit.addresses import is_address
 from bootvit.config import Config, Network
 from bootvit.data import DataFacts
+from bootvit.data.own import pack_own
 from bootvit.driver import train as run_training
 from bootvit.errors import UserError
 from bootvit.evaluate import EVAL_KEYS, evaluate, read_checkpoint
@@ -59,6 +63,7 @@ def train(
     config: str | os.PathLike[str] | Config,
     overrides: Overrides = (),
     *,
+    data: Any = None,
     local: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -66,14 +71,33 @@ def train(
 ) -> Run:
     """Train one run to its end, as `bootvit train` does, under Ray Train or (`local`) in this process.
 
+    `data` is a data set of your own, or two, (training, test): anything with `__len__` and `__getitem__` of (image,
+    label), and perhaps `classes`. It is written to Parquet files beside the run, so that workers and later commands
+    have it.
+
     Raises `UserError` before anything is taken, and `RunFailed` for a run that could not go on.
     """
     if isinstance(config, Config):
         checked = load.change_config(config, as_texts(overrides), ("",))
     else:
         checked = load_config(config, overrides)
+    if data is not None:
+        checked = with_data(checked, data)
     run_training(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over)
     return Run(place_of(checked))
+
+
+def with_data(config: Config, data: Any) -> Config:
+    """The config with a data set that lies in memory; its files are made anew, in NAME-data beside the run's folder."""
+    if is_address(config.ray.storage_path):
+        raise UserError(f"data=: ray.storage_path={config.ray.storage_path} is no folder; pack it: bootvit data pack")
+    out = Path(config.ray.storage_path) / f"{config.name}-data"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+        pack_own(data, Path(work) / out.name)
+        shutil.rmtree(out, ignore_errors=True)
+        (Path(work) / out.name).rename(out)
+    return load.change_config(config, ["data.source=parquet", f"data.root={out}"], ("data.",))
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:

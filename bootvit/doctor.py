@@ -22,6 +22,9 @@ from typing import NamedTuple
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 from bootvit.addresses import public, public_address
 from bootvit.config import Config
 from bootvit.errors import RunFailed, UserError
@@ -146,12 +149,10 @@ def check_packages() -> str:
     missing = [name for name in NEEDED if installed(name) is None]
     if missing:
         raise Sick(f"not installed: {', '.join(missing)}", f"pip install {' '.join(missing)}")
-    torch, vision = version("torch").partition("+")[0], version("torchvision")
-    wanted = torch_of(vision)
-    if wanted is not None and wanted != torch:
+    torch, vision = version("torch").partition("+")[0], version("torchvision").partition("+")[0]
+    if not fits(torch, vision):
         raise Sick(
-            f"torchvision {vision} is for torch {wanted}, and torch {torch} is installed",
-            f"pip install torch=={torch} --upgrade torchvision",
+            f"torchvision {vision} is not for torch {torch}", f"pip install torch=={torch} --upgrade torchvision"
         )
     if installed("mlflow") == "3.18.0":
         raise Sick("mlflow 3.18.0 does not work with bootvit", "pip install 'mlflow!=3.18.0'")
@@ -161,10 +162,13 @@ def check_packages() -> str:
     return there + (f"; without {', '.join(lacking)}" if lacking else "")
 
 
-def torch_of(vision: str) -> str | None:
-    """The torch that the installed torchvision wants; None where it names no single one."""
-    wanted = next((text for text in requires("torchvision") or [] if text.replace(" ", "").startswith("torch==")), None)
-    return wanted.partition("==")[2].partition(";")[0].strip(" ()") if wanted else None
+def fits(torch: str, vision: str) -> bool:
+    """Whether a torchvision is for a torch: 0.(N + 15) is for 2.N, and its own requirement must hold too."""
+    wanted = [Requirement(text) for text in requires("torchvision") or []]
+    if not all(one.specifier.contains(torch, prereleases=True) for one in wanted if one.name == "torch"):
+        return False
+    own, other = Version(torch), Version(vision)
+    return own.major != 2 or other.major != 0 or other.minor == own.minor + 15
 
 
 def check_torch() -> str:
@@ -218,9 +222,7 @@ def check_collective(config: Config) -> str:
     gpus = torch.cuda.device_count() if config.ray.use_gpu is not False else 0
     size, backend = (gpus, "nccl") if gpus else (2, "gloo")
     with tempfile.TemporaryDirectory() as folder:
-        context = processes.start_processes(
-            add_ranks, (size, backend, folder), nprocs=size, join=False, start_method="spawn"
-        )
+        context = processes.spawn(add_ranks, (size, backend, folder), nprocs=size, join=False)
         try:
             until = time.monotonic() + 150
             while not context.join(timeout=1):
@@ -379,7 +381,7 @@ def check_clock(config: Config) -> str:
 def command(name: str | None, overrides: list[str], *, as_json: bool) -> int:
     """Print every finding as it comes; status 1 if one is bad."""
     if name is not None and "=" in name:  # overrides alone
-        name, overrides = None, [name, *overrides]
+        overrides, name = [name, *overrides], None
     config = load_config(name or "digits/joint", overrides)
     found = []
     for one in examine(config):

@@ -39,9 +39,9 @@ from bootvit.standalone.images import centre_crop, covered, enlarge
 from bootvit.standalone.networks import load
 
 ENDINGS = {"timm": "", "torch": "-torch", "onnx": ".onnx", "pt2": ".pt2", "torchscript": ".pt"}
-FOLDERS = {"timm": ("config.json", "model.safetensors", "README.md")}  # formats that are folders, and what is in them
 PACKAGE = "bootvit_networks"  # the name that `bootvit.standalone` has outside of bootvit
-FOLDERS["torch"] = (*FOLDERS["timm"], PACKAGE)
+FOLDER = ("config.json", "model.safetensors", "README.md")
+FOLDERS = {"timm": {*FOLDER}, "torch": {*FOLDER, PACKAGE}}  # formats that are folders, and what is in them
 FACTS = "facts.json"  # inside a TorchScript or a pt2 file
 
 # timm's own models of the right kind, by the epsilon of their LayerNorm, which a file cannot name otherwise.

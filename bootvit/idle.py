@@ -99,7 +99,8 @@ RULES: tuple[Rule, ...] = (
     ),
     ("model.agent.stem_width", lambda r: r.config.model.agent.stem == "patch", "stem=resnet only"),
     ("model.agent.patch", lambda r: r.config.model.agent.stem == "resnet", "stem=patch only"),
-    ("data.root", lambda r: r.config.data.source in ("digits", "fake"), "the source needs no files"),
+    ("data.root", lambda r: r.config.data.source in ("digits", "dataset", "fake"), "the source needs no files"),
+    ("data.dataset", lambda r: r.config.data.source != "dataset", "data.source=dataset only"),
     ("data.fraction_rule", lambda r: r.config.data.fraction == 1, "data.fraction=1"),
     ("data.crop_padding", lambda r: r.augment != "crop", "augment is not crop"),
     ("data.flip", lambda r: r.augment == "none", "augment is none"),
@@ -139,7 +140,7 @@ RULES: tuple[Rule, ...] = (
     ),
     ("ray.cpus_per_worker ray.max_failures", lambda r: r.local, "--local"),
     (
-        "tracking.uri tracking.experiment tracking.checkpoints tracking.moments",
+        "tracking.uri tracking.experiment tracking.checkpoints tracking.moments tracking.model tracking.register",
         lambda r: not r.config.tracking.enabled,
         "tracking.enabled=false",
     ),

@@ -23,10 +23,12 @@ from bootvit.mirror import mirrored
 from bootvit.remote import Hold, TakenOver
 from bootvit.result import Result, read_result
 from bootvit.storage import Place, Store, place_at, read_at
-from bootvit.tracking.artifacts import chosen
+from bootvit.tracking.artifacts import needed
 
 # what may differ between a run and its resumption: where and how fast it runs, not what it computes
 FREE_ON_RESUME = (
+    "imports",
+    "callbacks",
     "name",
     "ray.",
     "tracking.",
@@ -131,7 +133,7 @@ class RunFolder:
     def fetch_artifacts(self, config: Config) -> None:
         """Get the checkpoints that the driver of a run in a store sends to MLflow."""
         if self.store is not None:
-            for saved in chosen(config, self.path):
+            for saved in needed(config, self.path):
                 remote.fetch(self.store, saved)
 
     def for_other_worker(self) -> RunFolder:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -40,17 +41,24 @@ def test_a_check_that_hangs_is_left_and_one_that_raises_is_a_finding() -> None:
 
 
 def test_packages_that_do_not_fit_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert doctor.check_packages().startswith(f"torch {torch.__version__}")
-    monkeypatch.setattr(doctor, "torch_of", lambda vision: "1.0.0")
-    assert "is for torch 1.0.0" in str(failing(doctor.check_packages))
+    assert doctor.check_packages().startswith(f"torch {version('torch')}")
+    known = {"torch": "2.13.0", "torchvision": "0.29.1"}
+    monkeypatch.setattr(doctor, "version", lambda name: known.get(name, "1"))
+    assert "torchvision 0.29.1 is not for torch 2.13.0" in str(failing(doctor.check_packages))
     monkeypatch.setattr(doctor, "installed", lambda name: None if name == "timm" else "1")
     assert failing(doctor.check_packages).todo == "pip install timm"
 
 
-def test_the_installed_torchvision_names_its_torch() -> None:
-    from importlib.metadata import version
-
-    assert doctor.torch_of(version("torchvision")) == version("torch").partition("+")[0]
+@pytest.mark.parametrize(
+    ("torch", "vision", "fit"), [("2.14.1", "0.29.1", True), ("2.15.0", "0.29.1", False), ("2.14.1", "0.28.0", False)]
+)
+def test_which_torchvision_is_for_which_torch(
+    monkeypatch: pytest.MonkeyPatch, torch: str, vision: str, fit: bool
+) -> None:
+    monkeypatch.setattr(doctor, "requires", lambda name: ["numpy", "torch>=2.14.0"])
+    assert doctor.fits(torch, vision) is fit
+    monkeypatch.setattr(doctor, "requires", lambda name: ["torch==9.9.9"])
+    assert not doctor.fits(torch, vision)
 
 
 def test_the_cpu_multiplies_and_a_wrong_product_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,7 +50,7 @@ class Shades:
 
 
 @register_model
-def my_tiny_vit(pretrained=False, **kwargs):
+def my_tiny_vit(pretrained=False, pretrained_cfg=None, pretrained_cfg_overlay=None, cache_dir=None, **kwargs):
     return VisionTransformer(**{"patch_size": 2, "embed_dim": 18, "depth": 1, "num_heads": 9, "mlp_ratio": 2} | kwargs)
 
 
@@ -106,6 +106,26 @@ def test_a_config_trains_on_them_and_what_is_handed_over_has_them(
     said = json.loads(done.stdout)
     assert said["image"] == "light.png"
     assert said["classes"] == pytest.approx(run.predict(pixels)[0]["vit"], abs=2e-6)
+
+
+def test_a_data_set_in_memory_is_kept_beside_the_run(here: Path) -> None:
+    class Shades(list):  # type: ignore[type-arg]
+        classes = ("dark", "light")
+
+    def shades(count: int) -> Shades:
+        random = np.random.default_rng(count)
+        return Shades(
+            (random.integers(120 * (n % 2), 120 * (n % 2) + 100, (8, 8, 3), np.uint8), n % 2) for n in range(count)
+        )
+
+    changes = {"schedule.epochs": 2, "data.fraction": 1.0, "tracking.enabled": False}
+    run = bootvit.train("digits/vit", changes, data=(shades(40), shades(10)), local=True)
+    assert run.data.classes == ("dark", "light")
+    assert run.config.data.root == str(here / "runs" / "digits-vit-data")
+    assert bootvit.load_run("digits-vit").evaluate()["vit"]["total"] == 10
+    with pytest.raises(UserError, match="item 0: "):
+        bootvit.train("digits/vit", {"name": "other"}, data=[1, 2], local=True)
+    assert not (here / "runs" / "other-data").exists()
 
 
 def test_a_job_takes_the_module_along(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -84,15 +84,16 @@ def test_a_finished_run_has_one_model_that_answers_as_predict_does(
     import mlflow.artifacts
     import mlflow.pyfunc
     import pandas as pd
+    from mlflow.entities import LoggedModelStatus
 
     config, run = shipped
     client = connect(run.uri)
     found = client.get_run(run.run_id)
     assert len(found.outputs.model_outputs) == 1
     model = client.get_logged_model(found.outputs.model_outputs[0].model_id)
-    assert (model.name, str(model.status), model.source_run_id) == ("model", "LoggedModelStatus.READY", run.run_id)
+    assert (model.name, model.status, model.source_run_id) == ("model", LoggedModelStatus.READY, run.run_id)
     (version,) = client.search_model_versions("name = 'digits'")
-    assert (version.run_id, version.source) == (run.run_id, f"models:/{model.model_id}")
+    assert (version.run_id, version.source) == (run.run_id, model.artifact_location)
 
     folder = mlflow.artifacts.download_artifacts(
         f"runs:/{run.run_id}/model", dst_path=str(tmp_path), tracking_uri=run.uri

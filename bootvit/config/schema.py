@@ -139,6 +139,7 @@ class DataConfig(Section):
     read_by = (
         *("bootvit/data/sources.py", "bootvit/data/fractions.py", "bootvit/data/batches.py", "bootvit/data/loaders.py"),
         "bootvit/data/decode.py",
+        "bootvit/data/own.py",
     )
     source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "dataset", "fake"] = Field(
         "digits",
@@ -361,7 +362,10 @@ warnings.filterwarnings("ignore", 'Field name "register" in "TrackingConfig" sha
 class TrackingConfig(Section):
     """MLflow."""
 
-    read_by = ("bootvit/tracking/run.py", "bootvit/tracking/artifacts.py", "bootvit/driver.py", "bootvit/loop.py")
+    read_by = (
+        *("bootvit/tracking/run.py", "bootvit/tracking/artifacts.py", "bootvit/tracking/model.py"),
+        *("bootvit/driver.py", "bootvit/loop.py"),
+    )
     enabled: bool = Field(
         True, description="Whether runs are sent to MLflow; their folders have everything either way."
     )
@@ -404,7 +408,7 @@ class TrackingConfig(Section):
 class Config(Section):
     """One run, completely."""
 
-    read_by = ("bootvit/driver.py", "bootvit/runs.py", "bootvit/learner.py")
+    read_by = ("bootvit/driver.py", "bootvit/runs.py", "bootvit/learner.py", "bootvit/extensions.py")
     name: str = Field(
         "run",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+,-]*$",

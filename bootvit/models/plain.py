@@ -32,7 +32,7 @@ def plain(config: Config, network: nn.Module) -> tuple[nn.Module, Architecture]:
         return network.cnn, {"kind": "timm", "name": config.model.agent.name, "sizes": {}, **carried}
     if isinstance(network, Agent):
         sizes, weights = convolutions(network)
-        module = ConvolutionalAgent(num_classes=network.head.out_features, **sizes)
+        module = ConvolutionalAgent(num_classes=network.head.out_features, **sizes).to(network.head.weight.dtype)
         module.load_state_dict(weights)
         return module.eval(), {"kind": "agent", "sizes": sizes}
     vit, sizes = config.model.vit, vit_arguments(config)
@@ -97,10 +97,10 @@ def kernel_of(mixer: nn.Module) -> tuple[Tensor, Tensor]:
     """(D, D, side, side) and bias (D,) of a mixer as one convolution with an odd window."""
     if isinstance(mixer, SharedMixer):
         value, proj, bias = mixer.weights()
-        heads = len(mixer.taps)
-        per_head = torch.einsum(
-            "ohk,hki->hoi", proj.double().unflatten(1, (heads, -1)), value.double().unflatten(0, (heads, -1))
-        )
+        heads, width = len(mixer.taps), len(proj)
+        outer = proj.double().reshape(width, heads, -1)  # (D, H, K)
+        inner = value.double().reshape(heads, -1, width)  # (H, K, D)
+        per_head = torch.einsum("ohk,hki->hoi", outer, inner)
         return placed(per_head.to(value.dtype), mixer.taps), _or_zeros(bias, proj)
     if isinstance(mixer, HeadTapConv):
         return placed(mixer.weight.permute(2, 0, 1), taps_of(mixer)), mixer.bias.clone()

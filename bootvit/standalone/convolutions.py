@@ -34,9 +34,11 @@ class Block(nn.Module):
         """(batch, D, rows, cols) -> the same."""
         if self.pre_norm:
             x = x + self.mixer(self.norm1(x))
-            return x + self.mlp(self.norm2(x))
-        x = x + self.norm1(self.mixer(x))
-        return x + self.norm2(self.mlp(x))
+            x = x + self.mlp(self.norm2(x))
+        else:
+            x = x + self.norm1(self.mixer(x))
+            x = x + self.norm2(self.mlp(x))
+        return x
 
 
 class ConvolutionalAgent(nn.Module):

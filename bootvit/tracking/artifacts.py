@@ -30,10 +30,16 @@ def chosen(config: Config, run_dir: Path) -> list[Saved]:
     return [max(saved, key=lambda one: (scores.get(one.step, -1.0), one.step))]
 
 
+def needed(config: Config, run_dir: Path) -> list[Saved]:
+    """Those checkpoints, and the final one, of which the model is made."""
+    saved = checkpoint.described(run_dir / "checkpoints")[-1:]
+    model = [one for one in saved if one.final and config.tracking.model]
+    return [*chosen(config, run_dir), *model]
+
+
 def size_of(config: Config, run_dir: Path) -> int:
-    """Bytes of those checkpoints, and of the model, at most: without the optimiser's moments they are fewer."""
-    model = checkpoint.described(run_dir / "checkpoints")[-1:] if config.tracking.model else []
-    return sum(one.path.stat().st_size for one in [*chosen(config, run_dir), *model] if one.path.exists())
+    """Bytes of what is sent of them, at most: without the optimiser's moments it is less."""
+    return sum(one.path.stat().st_size for one in needed(config, run_dir) if one.path.exists())
 
 
 @contextmanager

@@ -47,8 +47,8 @@ def save_model(config: Config, run_dir: Path, folder: Path, about: Any) -> None:
         )
 
 
-def log_model(client: Any, run_id: str, config: Config, run_dir: Path, step: int) -> str:
-    """Log the model of a finished run and return its id: once for a step, and what was left half done is done."""
+def log_model(client: Any, run_id: str, config: Config, run_dir: Path, step: int) -> Any:
+    """Log the model of a finished run and return it: once for a step, and what was left half done is done."""
     from mlflow.entities import LoggedModelOutput, LoggedModelStatus
     from mlflow.models import Model
 
@@ -57,9 +57,9 @@ def log_model(client: Any, run_id: str, config: Config, run_dir: Path, step: int
     if model is None:
         tags = {STEP: str(step), "bootvit.method": config.method}
         model = client.create_logged_model(experiment, NAME, run_id, tags=tags, model_type=KIND)
-    model_id = str(model.model_id)
     if model.status == LoggedModelStatus.READY:
-        return model_id
+        return model
+    model_id = str(model.model_id)
     with tempfile.TemporaryDirectory(dir=run_dir, prefix=".upload-") as work:
         folder = Path(work) / NAME
         about = Model(artifact_path=model.artifact_location, model_uuid=model_id, run_id=run_id, model_id=model_id)
@@ -68,8 +68,7 @@ def log_model(client: Any, run_id: str, config: Config, run_dir: Path, step: int
         with time_to_upload(size):
             client.log_model_artifacts(model_id, str(folder))
     client.log_outputs(run_id, [LoggedModelOutput(model_id, step)])
-    client.finalize_logged_model(model_id, LoggedModelStatus.READY)
-    return model_id
+    return client.finalize_logged_model(model_id, LoggedModelStatus.READY)
 
 
 def own_model(client: Any, experiment: str, run_id: str, step: int) -> Any:
@@ -78,7 +77,7 @@ def own_model(client: Any, experiment: str, run_id: str, step: int) -> Any:
     return next((one for one in found if one.name == NAME and one.tags.get(STEP) == str(step)), None)
 
 
-def register_model(client: Any, name: str, model_id: str, run_id: str) -> None:
+def register_model(client: Any, name: str, model: Any, run_id: str) -> None:
     """Make the model a version of a registered one, once."""
     from mlflow.exceptions import MlflowException
 
@@ -87,9 +86,9 @@ def register_model(client: Any, name: str, model_id: str, run_id: str) -> None:
     except MlflowException as err:
         if err.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    source = f"models:/{model_id}"
+    source = model.artifact_location  # `models:/ID` would be looked up in whatever store this process is set to
     if not any(version.source == source for version in client.search_model_versions(f"name = '{name}'")):
-        client.create_model_version(name, source, run_id, await_creation_for=0, model_id=model_id)
+        client.create_model_version(name, source, run_id, await_creation_for=0, model_id=model.model_id)
 
 
 def signature(config: Config) -> Any:

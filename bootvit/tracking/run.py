@@ -167,8 +167,8 @@ class MlflowRun(TrackedRun):
         """The model that MLflow serves, and its registered version; what is wrong with it does not stop the rest."""
         from bootvit.tracking.model import log_model, register_model
 
-        final = next((saved for saved in checkpoint.described(self.folder / "checkpoints") if saved.final), None)
-        if final is None:
+        final = checkpoint.newest(self.folder / "checkpoints")
+        if final is None or not final.final:  # gone, or damaged, which is said where it is uploaded
             return
         try:
             model = log_model(self._client, str(self.run_id), self._config, self.folder, final.step)
