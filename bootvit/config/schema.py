@@ -369,6 +369,11 @@ class TrackingConfig(Section):
     moments: bool = Field(
         False, description="Whether MLflow gets those checkpoints whole, with the optimiser's moments, to resume from."
     )
+    explain_images: int = Field(
+        0,
+        ge=0,
+        description="Images on which every evaluation notes, block by block, what `bootvit explain` measures; 0: none.",
+    )
 
 
 class Config(Section):

@@ -26,10 +26,10 @@ class Lead(NamedTuple):
         return self.low is not None and self.low > 0
 
     def text(self) -> str:
-        """`+2.1 over joint (95% interval 0.4 to 3.8)`."""
+        """`2.1 over joint (95% interval 0.4 to 3.8)`."""
         if self.low is None or self.high is None:
-            return f"{self.points:+z.1f} over {self.behind} (one seed: no interval)"
-        return f"{self.points:+z.1f} over {self.behind} (95% interval {self.low:z.1f} to {self.high:z.1f})"
+            return f"{self.points:z.1f} over {self.behind} (one seed: no interval)"
+        return f"{self.points:z.1f} over {self.behind} (95% interval {self.low:z.1f} to {self.high:z.1f})"
 
 
 class Choice(NamedTuple):
@@ -120,7 +120,7 @@ def how_sure(choice: Choice) -> str:
     else:
         doubtful = " and ".join(one.behind for one in leads if not one.sure)
         end = f"the lead over {doubtful} may be chance"
-    return f"{' and '.join(texts)} points of held-out accuracy, {end}"
+    return f"its lead in held-out accuracy is {' and '.join(texts)}, {end}"
 
 
 def more_data(sweep: Sweep, choice: Choice) -> str:
