@@ -58,8 +58,8 @@ def opening(config: Config, splits: DataSplits, device: torch.device | None) -> 
     return (
         f"{config.name}: method {config.method}, {parameters / 1e6:.2f} M parameters, {gflops:.3g} GFLOPs an image, "
         f"{where}\n"
-        f"{', '.join(images)} images of {len(splits.classes)} classes at {rows}x{cols}; {epochs} epochs, {steps} steps "
-        f"of {config.data.batch_size}\n"
+        f"{', '.join(images)} images of {len(splits.classes)} classes at {rows}x{cols}\n"
+        f"{epochs} epochs, {steps} steps of {config.data.batch_size}\n"
         f"folder: {place_of(config)}"
     )
 
@@ -69,7 +69,9 @@ def what_next(config: Config) -> str:
     place = place_of(config)
     below = Path("runs").resolve() / config.name
     run = config.name if place == below else place
-    return f"next: bootvit eval {run} --local | bootvit predict {run} IMAGE | bootvit show {run}"
+    look = "explain" if "vit" in config.networks else "show"
+    commands = (f"eval {run} --local", f"predict {run} IMAGE", f"{look} {run}")
+    return "next: " + "\n      ".join(f"bootvit {command}" for command in commands)
 
 
 def scores(values: dict[str, float], names: tuple[str, ...]) -> str:

@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ def make_run(
             for e, share in enumerate((0.5, 1.0))
             for net, value in judged.items()
         ]
+        + [Record(10 * (e + 1), e, f"train/{net}/loss", 2.0 - e, 100.0 + e) for e in range(2) for net in judged]
+        + [Record(10 * (e + 1), e, "train/lr", 0.1 / (e + 1), 100.0 + e) for e in range(2)]
         + [Record(10 * (e + 1), e, "epoch", e + 1.0, 100.0 + e) for e in range(2)]
     )
     document = {
@@ -406,8 +409,9 @@ def test_json_is_one_strict_document_and_nothing_else(tmp_path: Path, capsys: py
 
 
 def test_names_cannot_break_the_page() -> None:
-    blocks: list[Block] = [Grid(["a|b"], [["<script>"]]), Text("x_y *z*")]
-    assert "<script>" not in to_html("<t>", blocks)
+    blocks: list[Block] = [Grid(["a|b"], [["<script>alert()"]]), Text("x_y *z*")]
+    assert "<script>alert" not in to_html("<t>", blocks)
+    assert "&lt;script&gt;alert" in to_html("<t>", blocks)
     assert r"a\|b" in to_markdown("t", blocks)
     assert r"x\_y \*z\*" in to_markdown("t", blocks)
 
@@ -418,6 +422,60 @@ def test_print_table_names_what_is_left_out(tmp_path: Path, capsys: pytest.Captu
     out = capsys.readouterr().out
     assert "No run has finished yet." in out
     assert "interrupted after 2 epochs" in out
+
+
+class Parsed(HTMLParser):
+    """The tags of a page that are open around each table, the cells of its rows, and where pictures come from."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.boxes: list[str] = []
+        self.rows: list[list[str]] = []
+        self.sources: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        about = dict(attrs)
+        if tag == "table":
+            self.boxes.append(self.open[-1])
+        elif tag == "tr":
+            self.rows.append([])
+        elif tag in ("td", "th"):
+            self.rows[-1].append(about["class"] or "")
+        self.sources += [about[key] or "" for key in ("src", "href") if key in about]
+        if tag not in ("meta", "img"):
+            self.open.append(f"{tag} {about.get('class', '')}".strip())
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop().split()[0] == tag
+
+
+def test_the_page_is_sound_whatever_a_browser_does(tmp_path: Path) -> None:
+    """Every table has a box of its own that scrolls, rows are as long as their heads, and nothing is loaded."""
+    write_runs(tmp_path / "runs")
+    pages = [
+        write_report(collect_folders([tmp_path / "runs"]), tmp_path / "a")[1],
+        write_sweep_report(make_sweep(tmp_path), tmp_path / "b")[1],
+    ]
+    for page in pages:
+        text = page.read_text()
+        found = Parsed(text)
+        assert not found.open
+        assert found.boxes
+        assert set(found.boxes) == {"div box"}
+        assert set(sum(found.rows, [])) == {"text", "number"}
+        assert all(source.startswith("data:image/") for source in found.sources)
+        assert text.count("<th ") == text.count('<button type="button">') > 0
+        for part in text.split("<table>")[1:]:
+            widths = {
+                len(row) for row in Parsed(f"<div class=box><table>{part.split('</table>')[0]}</table></div>").rows
+            }
+            assert len(widths) == 1
+        style = text.partition("<style>")[2].partition("</style>")[0]
+        assert re.search(r"\.box \{[^}]*overflow-x: auto", style)
+        assert "@import" not in style
+        assert "url(" not in style
 
 
 # -------------------------------------------------------------------------------------------------- MLflow

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bootvit.report.plots import percent
-from bootvit.report.sweep_data import Sweep, Trial, Winner, costs, setting_names, settings_text
+from bootvit.report.sweep_data import Sweep, Trial, Winner, costs, group_text, setting_names, settings_text
 
 
 class Lead(NamedTuple):
@@ -57,7 +57,7 @@ def _choice(sweep: Sweep, there: Sequence[tuple[Winner, tuple[float, ...]]]) -> 
     first, *others = sorted(there, key=lambda one: -statistics.fmean(one[1]))
     winner, scores = first
     second = others[0] if others else None
-    behind = None if second is None else lead(scores, second[1], second[0].trials[0].method)
+    behind = None if second is None else lead(scores, second[1], _apart_from(winner, second[0], names))
     settings: dict[str, list[Trial]] = defaultdict(list)
     for trial in sweep.trials:
         if trial.group == winner.group and trial.status == "finished" and trial.overrides != winner.overrides:
@@ -65,6 +65,12 @@ def _choice(sweep: Sweep, there: Sequence[tuple[Winner, tuple[float, ...]]]) -> 
     rest = [(text, own) for text, trials in settings.items() if (own := _scores(sweep, trials))]
     rest.sort(key=lambda one: -statistics.fmean(one[1]))
     return Choice(winner, scores, behind, lead(scores, rest[0][1], rest[0][0]) if rest else None)
+
+
+def _apart_from(winner: Winner, other: Winner, names: Mapping[str, str]) -> str:
+    """What the other group is told apart by: its method, if that differs."""
+    method = other.trials[0].method
+    return method if method != winner.trials[0].method else group_text(other.group, names)
 
 
 def _scores(sweep: Sweep, trials: Sequence[Trial]) -> tuple[float, ...]:
