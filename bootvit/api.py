@@ -36,6 +36,8 @@ from bootvit.data.own import pack_own
 from bootvit.driver import train as run_training
 from bootvit.errors import UserError
 from bootvit.evaluate import EVAL_KEYS, evaluate, read_checkpoint
+from bootvit.explain.measure import Explained
+from bootvit.explain.run import IMAGES, explain
 from bootvit.learner import Networks
 from bootvit.predict import predict, predict_images
 from bootvit.result import Result, read_result
@@ -182,7 +184,7 @@ class Run:
         in the evaluation. Raises `UserError` for one that cannot be read.
         """
         fetch_weights(self.folder, "best" if best else "newest")
-        given = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
+        given = listed(images)
         if all(isinstance(one, str | os.PathLike) for one in given):
             rows = predict(self.config, self.path, [Path(one) for one in given], top, best=best)  # type: ignore[arg-type]
         else:
@@ -207,6 +209,24 @@ class Run:
         config = load.change_config(self.config, as_texts(data), EVAL_KEYS)
         fetch_weights(self.folder, "best" if best else "newest")
         return evaluate(config, self.folder, local=local, best=best).counts
+
+    def explain(
+        self, images: Picture | Sequence[Picture] = (), *, count: int = IMAGES, best: bool = False
+    ) -> Explained:
+        """What the run's networks have become, on pictures as `predict` takes them, or on a few of the evaluation set.
+
+        `.inside` has, as arrays: `rollout` (images, rows, cols) each patch's share in what the classifier gets,
+        `distance` (blocks, heads) in pixels, `tap_share` (blocks, heads), `cka` (blocks, blocks) and `hint` (blocks,);
+        `.over_epochs` one number a block of every checkpoint that is there, `.notes` what was left out. Raises
+        `UserError` for a run without a ViT.
+        """
+        fetch_weights(self.folder, "all")
+        return explain(self.config, self.folder, [in_memory(one) for one in listed(images)], count=count, best=best)
+
+
+def listed(images: Picture | Sequence[Picture]) -> list[Picture]:
+    """One picture or several as a list."""
+    return [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
 
 
 def in_memory(image: Picture) -> Image.Image:

@@ -221,6 +221,29 @@ def predict(
 
 
 @app.command()
+def explain(
+    run: RunName,
+    images: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(metavar="[IMAGE]...", help="image files, and folders of them; default: a few that are fixed"),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="images of the evaluation set, where none are given")] = 32,
+    out: Annotated[Optional[Path], typer.Option(help="folder for figures and data; default: RUN/explain")] = None,  # noqa: UP045
+    best: Best = False,
+    as_json: Json = False,
+) -> None:
+    """Look inside a run: where its ViT looks, how convolutional its heads are, how alike it and its agent are.
+
+    Example: bootvit explain digits-joint
+
+    Next: bootvit report runs/digits-joint, which shows the figures
+    """
+    from bootvit.explain.command import command
+
+    command(run, images or [], count=count, out=out, best=best, as_json=as_json)
+
+
+@app.command()
 def logs(
     run: RunName,
     rank: Annotated[Optional[int], typer.Option(metavar="N", help="only this worker; default: all")] = None,  # noqa: UP045
@@ -256,7 +279,7 @@ def show_config(
     Next: bootvit train CONFIG
     """
     if explain:
-        from bootvit import explain as keys
+        from bootvit.config import meanings as keys
 
         typer.echo(keys.markdown() if markdown else keys.explain(config), nl=not markdown)
         return

@@ -77,6 +77,7 @@ Rule = tuple[str, Callable[[Run], bool], str]  # the beginnings of keys, when th
 RULES: tuple[Rule, ...] = (
     ("model.agent. objective.agent.", lambda r: r.config.method == "vit", "method=vit trains no agent"),
     ("model.vit.", lambda r: r.no_vit and r.cnn, "a CNN of timm mirrors no ViT"),
+    ("tracking.explain_images", lambda r: r.no_vit, "method=agent has no attention to look at"),
     (
         "model.vit.attention model.vit.norm_eps model.vit.dropout model.vit.pos_dropout model.vit.weights "
         "objective.vit.",

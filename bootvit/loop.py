@@ -10,6 +10,7 @@ from typing import Literal, TypeVar
 
 import pyarrow as pa
 import torch.distributed as dist
+from torch import Tensor
 
 from bootvit import checkpoint
 from bootvit.asks import Agreement, Ask, Asked, deferring_signals, nothing
@@ -19,6 +20,7 @@ from bootvit.data import DataFacts, DataSplits, facts_of, open_splits
 from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
+from bootvit.explain.measure import batches_of, few, look_inside, pixels_of, records_of
 from bootvit.extensions import named
 from bootvit.learner import Counts, Learner, World
 from bootvit.meter import Meter, name_of
@@ -117,6 +119,7 @@ class Training:
         self.writer = Writer(folder.checkpoints, config.checkpoint, folder.check_lease)
         self.scores: dict[str, Scores] = {}
         self.answers: dict[str, Answers] = {}  # the last evaluation's, by split
+        self.looked_at: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------ going on
 
@@ -226,17 +229,18 @@ class Training:
         """Evaluate where that is due, and tell of the epoch in the journal, once its checkpoint is on disk."""
         at, last = self.at, self.at.step >= self.total
         metrics: dict[str, float] = {}
+        inside: dict[str, float] = {}
         if last or at.epoch % self.config.schedule.eval_every == 0:
             with self._telling_what_is_left():
                 self.scores = self._evaluate(last)
-            metrics = metrics_of(self.scores)
+            metrics, inside = metrics_of(self.scores), self._look_inside()
         self._count_seconds()
         self.writer.wait()
         skipped = {"data/skipped": float(len(at.skipped))} if at.skipped else {}
         if metrics and self.world.rank == 0:
             name = best_metric(self.config, metrics)
             self.writer.note_best(at.step, name, metrics[name])
-        self._write(metrics | skipped | {"epoch": float(at.epoch)}, at.epoch - 1)
+        self._write(metrics | inside | skipped | {"epoch": float(at.epoch)}, at.epoch - 1)
         report = EpochReport(at.epoch, at.step, metrics, last)
         if self.world.rank == 0:
             self._call_back(report)
@@ -266,6 +270,16 @@ class Training:
             scores[name] = self.learner.evaluate(batches, self.answers.get(name))
             self.at.add_skipped(batches.broken, config.data, world)
         return scores
+
+    def _look_inside(self) -> dict[str, float]:
+        """What `tracking.explain_images` asks for, on rank 0, always of the same images."""
+        config, world = self.config, self.world
+        count = config.tracking.explain_images
+        if not count or world.rank > 0 or "vit" not in config.networks:
+            return {}
+        if self.looked_at is None:
+            self.looked_at = pixels_of(config, few(self.splits, count), self.facts.preparation)[0].to(world.device)
+        return records_of(look_inside(self.learner.networks, batches_of(self.looked_at)))
 
     def _write(self, metrics: dict[str, float], epoch: int) -> None:
         """Append records of one moment, if this process may."""

@@ -271,9 +271,9 @@ def fill(store: Store, path: Path) -> None:
     lay_out(read_log(store), path)
 
 
-def fetch_logs(store: Store, path: Path) -> None:
-    """Get what the workers have said."""
-    names = [f"logs/{item.name}" for item in store.list("logs", deep=True) if not item.is_folder]
+def fetch_folder(store: Store, path: Path, folder: str) -> None:
+    """Get small files: what the workers have said (`logs`), what `bootvit explain` has left (`explain`)."""
+    names = [f"{folder}/{item.name}" for item in store.list(folder, deep=True) if not item.is_folder]
     for name, data in zip(names, store.read_all(names), strict=True):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data or b"")

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from bootvit.errors import UserError
 from bootvit.learner import World
-from bootvit.remote import fetch_logs
+from bootvit.remote import fetch_folder
 from bootvit.runs import RunFolder
 
 LOGS = "logs"
@@ -66,7 +66,7 @@ def read_logs(folder: RunFolder, rank: int | None = None, attempt: int | None = 
     """The lines of the workers' logs of one attempt, by default the newest; `UserError` for what is not there."""
     run_dir = folder.path
     if folder.store is not None:
-        fetch_logs(folder.store, run_dir)
+        fetch_folder(folder.store, run_dir, "logs")
     attempts = _numbered(run_dir / LOGS, r"attempt-(\d+)")
     if not attempts:
         raise UserError(f"{folder}: no worker has left a log; a run with --local says everything on its terminal")

@@ -126,7 +126,8 @@ def test_a_run_in_a_store_is_the_run_in_a_folder(
     assert train(store) == 0
     check_equal(store, whole)
     kinds = {re.sub(r"step-\d{8}-\w{16}|\d{6}-\d{6}", "N", name) for name in in_the_store(store)}
-    assert kinds == {"config.yaml", "result.json", "leases/000001.json", "checkpoints/N.safetensors", "log/N.jsonl"}
+    small = {"config.yaml", "result.json", "predictions.parquet"}
+    assert kinds == small | {"leases/000001.json", "checkpoints/N.safetensors", "log/N.jsonl"}
     assert not [path for path in (tmp_path / "cache" / "runs").iterdir() if not path.name.startswith("read-")]
     assert not (tmp_path / "runs").exists()
     capsys.readouterr()

@@ -397,6 +397,11 @@ class TrackingConfig(Section):
     system: bool = Field(
         True, description="Whether the load of rank 0's machine is recorded, every ten seconds at most."
     )
+    explain_images: int = Field(
+        0,
+        ge=0,
+        description="Images on which every evaluation notes, block by block, what `bootvit explain` measures; 0: none.",
+    )
 
     @model_validator(mode="after")
     def _registers_a_model(self) -> Self:

@@ -1,10 +1,12 @@
 """The student: timm's `VisionTransformer`, its block outputs and the reference's initial values."""
 
 import torch
+from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bootvit.models import Features
+from bootvit.standalone.sparse import EntmaxAttention, scores_and_values, sparse_weights
 
 
 def vit_features(vit: VisionTransformer, images: Tensor) -> Features:
@@ -16,6 +18,12 @@ def vit_features(vit: VisionTransformer, images: Tensor) -> Features:
     if isinstance(logits, tuple):  # a DeiT in training: class head, distillation head
         return Features(logits[0], logits[1], maps)
     return Features(logits, logits, maps)
+
+
+def attention_weights(attention: Attention, x: Tensor) -> Tensor:
+    """The weights that every head computes from `x` (batch, N, D): (batch, H, N, N), each row sums to one."""
+    scores, _ = scores_and_values(attention, x)
+    return sparse_weights(scores, attention.alpha) if isinstance(attention, EntmaxAttention) else scores.softmax(-1)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from bootvit.report.plots import percent
-from bootvit.report.sweep_data import Sweep, Trial, Winner, costs, setting_names, settings_text
+from bootvit.report.sweep_data import Sweep, Trial, Winner, costs, group_text, setting_names, settings_text
 
 
 class Lead(NamedTuple):
@@ -26,10 +26,10 @@ class Lead(NamedTuple):
         return self.low is not None and self.low > 0
 
     def text(self) -> str:
-        """`+2.1 over joint (95% interval 0.4 to 3.8)`."""
+        """`2.1 over joint (95% interval 0.4 to 3.8)`."""
         if self.low is None or self.high is None:
-            return f"{self.points:+z.1f} over {self.behind} (one seed: no interval)"
-        return f"{self.points:+z.1f} over {self.behind} (95% interval {self.low:z.1f} to {self.high:z.1f})"
+            return f"{self.points:z.1f} over {self.behind} (one seed: no interval)"
+        return f"{self.points:z.1f} over {self.behind} (95% interval {self.low:z.1f} to {self.high:z.1f})"
 
 
 class Choice(NamedTuple):
@@ -57,7 +57,7 @@ def _choice(sweep: Sweep, there: Sequence[tuple[Winner, tuple[float, ...]]]) -> 
     first, *others = sorted(there, key=lambda one: -statistics.fmean(one[1]))
     winner, scores = first
     second = others[0] if others else None
-    behind = None if second is None else lead(scores, second[1], second[0].trials[0].method)
+    behind = None if second is None else lead(scores, second[1], _apart_from(winner, second[0], names))
     settings: dict[str, list[Trial]] = defaultdict(list)
     for trial in sweep.trials:
         if trial.group == winner.group and trial.status == "finished" and trial.overrides != winner.overrides:
@@ -65,6 +65,12 @@ def _choice(sweep: Sweep, there: Sequence[tuple[Winner, tuple[float, ...]]]) -> 
     rest = [(text, own) for text, trials in settings.items() if (own := _scores(sweep, trials))]
     rest.sort(key=lambda one: -statistics.fmean(one[1]))
     return Choice(winner, scores, behind, lead(scores, rest[0][1], rest[0][0]) if rest else None)
+
+
+def _apart_from(winner: Winner, other: Winner, names: Mapping[str, str]) -> str:
+    """What the other group is told apart by: its method, if that differs."""
+    method = other.trials[0].method
+    return method if method != winner.trials[0].method else group_text(other.group, names)
 
 
 def _scores(sweep: Sweep, trials: Sequence[Trial]) -> tuple[float, ...]:
@@ -120,7 +126,7 @@ def how_sure(choice: Choice) -> str:
     else:
         doubtful = " and ".join(one.behind for one in leads if not one.sure)
         end = f"the lead over {doubtful} may be chance"
-    return f"{' and '.join(texts)} points of held-out accuracy, {end}"
+    return f"its lead in held-out accuracy is {' and '.join(texts)}, {end}"
 
 
 def more_data(sweep: Sweep, choice: Choice) -> str:

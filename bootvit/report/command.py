@@ -14,7 +14,7 @@ from bootvit.report.sweep import print_sweep, sweep_json, write_sweep_report
 from bootvit.report.write import print_table, report_json, write_report
 from bootvit.storage import place_at
 from bootvit.tracking import tracking_uri
-from bootvit.tracking.sweep import attach_to_sweep
+from bootvit.tracking.attach import attach
 
 
 def command(
@@ -67,7 +67,7 @@ def _sweep(folder: Path, out: Path | None, as_json: bool) -> None:
         print_sweep(folder)
     if out or not as_json:
         files = write_sweep_report(folder, out or folder / "report")
-        attach_to_sweep(folder, files)
+        attach(folder, files, "report")
         _say(files, quiet=as_json)
 
 

@@ -91,7 +91,8 @@ tfoot td { border-top: 2px solid #9aa5b5; font-weight: 600; }
 th button { all: unset; cursor: pointer; padding: .3rem .7rem; font-weight: 600; display: block; }
 th button:focus-visible { outline: 2px solid #0072b2; } th button:hover { color: #0072b2; }
 th[aria-sort] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
-.text { text-align: left; min-width: 5rem; max-width: 24rem; overflow-wrap: anywhere; }
+.text { text-align: left; max-width: 24rem; } td.text { overflow-wrap: break-word; }
+td.text:first-child { min-width: 7rem; }
 .number { text-align: right; white-space: nowrap; } th.number { white-space: normal; min-width: 4.2rem; }
 tbody tr:hover { background: #5b667514; }
 figure { margin: 1rem 0; } figcaption { color: #5b6675; font-size: .9rem; max-width: 46rem; }
@@ -139,8 +140,7 @@ def text_of(cell: Cell) -> str:
 
 def numeric(cells: Sequence[Cell]) -> bool:
     """Whether a column is of numbers: each cell begins with one, or is missing."""
-    texts = [text_of(cell) for cell in cells]
-    return any(text != MISSING for text in texts) and all(re.match(r"[-+−]?\d[\d.,]*(?!\w)|–$", text) for text in texts)
+    return all(re.match(rf"[-+−]?\d[\d.,]*(?!\w)|{MISSING}$", text_of(cell)) for cell in cells)
 
 
 def _columns(grid: Grid) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from bootvit.errors import UserError
 from bootvit.report.paper import paper_points
+from bootvit.report.rows import Split
 from bootvit.report.tables import Cell, Column, Line, Table, line_order
 
 # Okabe and Ito's palette: told apart with any colour vision
@@ -22,7 +23,7 @@ MARKERS = ("o", "s", "^", "v", "D", "P", "X")  # by variant
 MANY_LINES = 12  # more than these cannot be told apart in a legend: then only methods are named
 PAPERS = "the paper (same colours)"
 GRID = "#E3E7EE"
-SPLIT_NAMES = {"test": "test set", "held_out": "held-out images"}
+SPLIT_NAMES: dict[Split, str] = {"test": "test set", "held_out": "held-out images"}
 
 
 def require_matplotlib() -> None:
@@ -125,7 +126,8 @@ def plot_epochs(parts: Sequence[Table], path: Path) -> Path | None:
     if not found:
         return None
     figure, axes = panels(len(found))
-    styles, handles = Styles(lines_of(parts)), {}
+    styles = Styles(lines_of(parts))
+    handles: dict[str, Any] = {}
     for axis, (part, column) in zip(axes, found, strict=True):
         handles |= _draw_lines(axis, part, column, "top1", styles)
         axis.set_title(f"{title(column)}: {SPLIT_NAMES[part.split]}", fontsize=10, loc="left")
@@ -155,7 +157,8 @@ def plot_losses(parts: Sequence[Table], path: Path) -> Path | None:
     if not shown:
         return None
     figure, axes = panels(len(shown), across=3, height=2.8)
-    styles, handles = Styles(lines_of(parts)), {}
+    styles = Styles(lines_of(parts))
+    handles: dict[str, Any] = {}
     for axis, (part, column, what, heading) in zip(axes, shown, strict=True):
         handles |= _draw_lines(axis, part, column, what, styles)
         axis.set_title(heading, fontsize=9, loc="left")
@@ -230,9 +233,9 @@ def _mean_curve(curves: Sequence[Mapping[float, float]]) -> dict[float, tuple[fl
 
 
 def plot_fractions(parts: Sequence[Table], path: Path) -> Path | None:
-    """A panel per split and data set: mean and sd over seeds, and the paper's points. None without a table."""
+    """A panel per split and data set: mean and sd over seeds, and the paper's points. None for one fraction."""
     found = [(part, data) for part in parts for data in sorted({column.data for column in part.columns})]
-    if not found:
+    if not any(_is_curve(part, data) for part, data in found):
         return None
     figure, axes = panels(len(found), height=4.0)
     styles, handles, stars = Styles(lines_of(parts)), {}, {}
@@ -252,6 +255,13 @@ def plot_fractions(parts: Sequence[Table], path: Path) -> Path | None:
         axis.set_title(f"{data}: {SPLIT_NAMES[part.split]}", fontsize=10, loc="left")
     legend(figure, {name: handles[name] for name in map(styles.name, styles.lines) if name in handles} | stars)
     return save(figure, path)
+
+
+def _is_curve(part: Table, data: str) -> bool:
+    """Whether there is more than one fraction to see, the paper's included."""
+    fractions = {column.fraction for column in part.columns if column.data == data}
+    papers = any(cell.paper is not None for (_, column), cell in part.cells.items() if column.data == data)
+    return len(fractions) > 1 or papers
 
 
 def _draw_fractions(axis: Any, own: Mapping[float, Cell], dodge: float, style: dict[str, Any]) -> Any:

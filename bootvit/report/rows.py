@@ -14,7 +14,7 @@ from typing import Any, Literal
 from bootvit.config import leaves, parse_yaml
 from bootvit.errors import UserError
 from bootvit.files import read_json
-from bootvit.remote import reading_copy
+from bootvit.remote import fetch_folder, reading_copy
 from bootvit.storage import Place, Store
 from bootvit.tracking.journal import iter_journal
 from bootvit.tracking.tags import data_name, param_text
@@ -87,7 +87,9 @@ def _runs_in_store(top: Store) -> Iterator[Store]:
 
 def read_run_in_store(store: Store) -> RunRow:
     """A run in an object store, from a copy of what is small of it."""
-    return replace(read_run(reading_copy(store)), place=str(store))
+    copy = reading_copy(store)
+    fetch_folder(store, copy, "explain")
+    return replace(read_run(copy), place=str(store))
 
 
 def _run_folders(top: Path) -> Iterator[Path]:

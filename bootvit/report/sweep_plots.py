@@ -6,6 +6,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -113,7 +114,7 @@ def spread_out(places: Sequence[float]) -> list[float]:
     for index, place in enumerate(places):
         there[place].append(index)
     out = list(places)
-    gap = min((abs(a - b) for a in there for b in there if a != b), default=1.0)
+    gap = min((b - a for a, b in pairwise(sorted(there))), default=1.0)
     width = min(0.1, 0.5 * gap)
     for place, members in there.items():
         for order, index in enumerate(members):

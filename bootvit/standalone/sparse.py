@@ -20,9 +20,7 @@ class EntmaxAttention(Attention):  # type: ignore[misc]
         """(batch, N, D) -> (batch, N, D); masks are not supported."""
         if attn_mask is not None or is_causal:
             raise ValueError("entmax attention takes no mask")
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (batch, H, N, K) each
-        scores = (self.q_norm(q) * self.scale) @ self.k_norm(k).transpose(-2, -1)  # (batch, H, N, N)
+        scores, v = scores_and_values(self, x)
         weights = self.attn_drop(sparse_weights(scores, self.alpha).to(v.dtype))
         mixed = (weights @ v).transpose(1, 2).flatten(2)  # (batch, N, D)
         return self.proj_drop(self.proj(self.norm(mixed)))  # type: ignore[no-any-return]
@@ -35,6 +33,13 @@ class FixedEntmaxAttention(EntmaxAttention):
         super().__init__(*args, **kwargs)
         del self.alpha
         self.register_buffer("alpha", torch.tensor(1.5), persistent=False)
+
+
+def scores_and_values(attention: Attention, x: Tensor) -> tuple[Tensor, Tensor]:
+    """What the weights are made of, (batch, H, N, N), and what they mix, (batch, H, N, K); `x` is (batch, N, D)."""
+    qkv = attention.qkv(x).unflatten(2, (3, attention.num_heads, attention.head_dim)).permute(2, 0, 3, 1, 4)
+    q, k, v = qkv.unbind(0)  # (batch, H, N, K) each
+    return (attention.q_norm(q) * attention.scale) @ attention.k_norm(k).transpose(-2, -1), v
 
 
 def sparse_weights(scores: Tensor, alpha: Tensor) -> Tensor:
