@@ -35,7 +35,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks.measure import CLASSES, RESULTS, noise_batch, provenance, result_path, timed, wait
+from benchmarks.measure import CLASSES, RESULTS, judged, noise_batch, provenance, result_path, timed, wait
 from benchmarks.obvious import BareViT, ObviousStep
 from bootvit.config import Config
 from bootvit.data.batches import Batch, TrainBatches
@@ -412,8 +412,7 @@ def goals(bench: Bench) -> list[dict[str, Any]]:
         return max((row.images_per_s for row in rows if row and row.images_per_s), default=None)
 
     def add(what: str, goal: float, value: float | None) -> None:
-        state = "not measured" if value is None else "met" if value >= goal else "missed"
-        out.append({"what": what, "goal": goal, "measured": None if value is None else round(value, 2), "state": state})
+        out.append(judged(what, goal, value))
 
     ours = ("eager", COMPILED, GRAPHS)
     for preset in bench.sizes.presets:
@@ -473,7 +472,7 @@ def print_table(bench: Bench) -> None:
         wanted.add_column(column)
     for one in goals(bench):
         measured = "" if one["measured"] is None else f"{one['measured']:g}"
-        wanted.add_row(one["what"], f"{one['goal']:g}", measured, one["state"])
+        wanted.add_row(one["what"], one["goal"], measured, one["state"])
     console.print(wanted)
 
 

@@ -101,3 +101,26 @@ def result_path(folder: Path, theme: str, device: torch.device, ending: str = "j
     """`theme_device_date.ending`."""
     name = device_name(device).replace(" ", "-")
     return folder / f"{theme}_{name}_{datetime.now(UTC).date().isoformat()}.{ending}"
+
+
+def judged(what: str, goal: float, value: float | None, *, at_most: bool = False) -> dict[str, Any]:
+    """One line of a table of goals."""
+    met = value is not None and (value <= goal if at_most else value >= goal)
+    state = "not measured" if value is None else "met" if met else "missed"
+    return {
+        "what": what,
+        "goal": f"{'<=' if at_most else '>='} {goal:g}",
+        "measured": None if value is None else float(f"{value:.3g}"),
+        "state": state,
+    }
+
+
+def as_markdown(title: str, facts: Mapping[str, Any], goals: list[dict[str, Any]]) -> str:
+    """A table of goals with where its numbers come from."""
+    lines = [f"# {title}", "", "| what | goal | measured | |", "| --- | ---: | ---: | --- |"]
+    for one in goals:
+        measured = "" if one["measured"] is None else f"{one['measured']:g}"
+        lines.append(f"| {one['what']} | {one['goal']} | {measured} | {one['state']} |")
+    kept = ("command", "date", "commit", "device", "cpu", "torch", "timm", "seed")
+    lines += ["", *(f"- {name}: {facts[name]}" for name in kept if facts.get(name) is not None), ""]
+    return "\n".join(lines)

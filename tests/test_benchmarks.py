@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import gpu, measure, scaling, speed
 
 TINY = gpu.Sizes(
     batch=4,
@@ -78,3 +78,44 @@ def test_rows_beyond_the_budget_say_so(tmp_path: Path) -> None:
     status, found = run(tmp_path, "--budget", "0")
     assert status == 0
     assert {row["note"] for row in found["rows"]} == {"not measured: the budget was used up"}
+
+
+def test_make_bench_writes_a_table_of_goals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    speed.main(["--only", "digits*", "--repeats", "1", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("speed-fp32_*.json")
+    (line,) = json.loads(path.read_text())["goals"]
+    assert line["what"] == "digits/joint / a bare loop of the same modules"
+    assert line["state"] == ("met" if line["measured"] >= 1.3 else "missed")
+    assert "| digits/joint / a bare loop of the same modules | >= 1.3 |" in capsys.readouterr().out
+
+
+def test_a_profile_has_every_operator_in_one_group() -> None:
+    spent = speed.by_group(lambda _: torch.ones(64, 64) @ torch.ones(64, 64), None, 1)  # type: ignore[arg-type]
+    assert spent["matrix products"] > 0
+    assert speed.group_of("aten::gelu_backward") == "GELU"
+    assert speed.group_of("aten::topk") == "rest"
+
+
+def test_the_median_is_of_the_ratios_of_neighbours() -> None:
+    times = {"slow": [2.0, 40.0, 6.0], "fast": [1.0, 10.0, 2.0]}
+    assert measure.ratio(times, "slow", "fast") == 3.0
+    assert measure.judged("x", 0.7, 0.71, at_most=True)["state"] == "missed"
+    assert measure.judged("x", 0.7, 0.7)["state"] == "met"
+
+
+def test_scaling_measures_two_workers_and_predicts_sixty_four(tmp_path: Path) -> None:
+    scaling.main(["--repeats", "1", "--batch", "2", "--configs", "digits/shared", "--out", str(tmp_path)])
+    (path,) = tmp_path.glob("scaling_*.json")
+    found = json.loads(path.read_text())
+    assert found["measured"][0]["ms"]["2"]["step"] > 0
+    assert [row["name"] for row in found["predicted"]] == list(scaling.PREDICTED)
+    assert all(0 < row["efficiency"] < 1 for row in found["predicted"])
+    (text,) = tmp_path.glob("scaling_*.md")
+    assert "digits/shared, batch 2 a worker" in text.read_text()
+
+
+def test_the_exchange_costs_what_the_formula_says() -> None:
+    """Two nodes of two GPUs: half of the bytes out and in inside, a quarter of them out and in between."""
+    cluster = scaling.Cluster(nodes=2, gpus=2, inside=10.0, between=5.0, message=1.0, hop=0.5, bucket=1000.0)
+    assert scaling.reduction(100.0, cluster) == pytest.approx(100 / 10 + 50 / 5 + 1.5)
+    assert scaling.reduction(2000.0, cluster) == pytest.approx(2000 / 10 + 1000 / 5 + 2 * 1.5)

@@ -39,10 +39,10 @@ def config_of(name: str, **more: Any) -> Any:
 def test_our_step_is_the_obvious_one(name: str, compiled: bool) -> None:
     config = config_of(name, compile=compiled)
     ours, slow = Learner(config, 10, ONE), ObviousStep(config, 10, ONE.device, torch.float64)
-    slow.networks.load_state_dict(ours.networks.state_dict())
     given = batch(6, side=config.image_size[0])
     images = Batch(given.images.double(), given.labels, given.global_size)
-    for step in range(2):  # the second from the weights that the first has made
+    for step in range(2):
+        slow.networks.load_state_dict(ours.networks.state_dict())  # AdamW makes full steps of gradients that are noise
         terms = dict(zip(ours.term_names, ours.step(images, step, 0, 0.0).tolist(), strict=True))
         total = slow.step(images)
         assert sum(v for k, v in terms.items() if k.endswith("/loss")) == pytest.approx(float(total), rel=1e-11)
@@ -50,7 +50,7 @@ def test_our_step_is_the_obvious_one(name: str, compiled: bool) -> None:
             assert (one.grad is None) == (two.grad is None), where
             if one.grad is not None:
                 torch.testing.assert_close(
-                    one.grad, two.grad, rtol=1e-9, atol=1e-10, msg=lambda text, name=where: f"{name}: {text}"
+                    one.grad, two.grad, rtol=1e-9, atol=1e-11, msg=lambda text, name=where: f"{name}: {text}"
                 )
 
 
