@@ -91,9 +91,14 @@ class ConvMLP(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """(batch, D, rows, cols) -> the same; on maps that lie channels last nothing is copied."""
-        first, activation, drop, second = self
-        hidden = drop(activation(F.linear(x.permute(0, 2, 3, 1), first.weight.flatten(1), first.bias)))
-        return F.linear(hidden, second.weight.flatten(1), second.bias).permute(0, 3, 1, 2)
+        hidden = self[2](self[1](at_pixels(x.permute(0, 2, 3, 1), self[0])))
+        return at_pixels(hidden, self[3]).permute(0, 3, 1, 2)
+
+
+def at_pixels(x: Tensor, conv: nn.Module) -> Tensor:
+    """A 1x1 convolution of (batch, rows, cols, channels) as one matrix product."""
+    assert isinstance(conv, nn.Conv2d)
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def recomputed(block: nn.Module, x: Tensor) -> Tensor:
