@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -79,8 +80,9 @@ class _GatheredGradient(torch.autograd.Function):
         places = [padded[:, dy : dy + rows, dx : dx + cols] for dy in range(3) for dx in range(3)]
         windows = torch.cat(places, -1).flatten(0, 2)  # (batch x rows x cols, 9 D)
         pixels = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (batch x rows x cols, D)
-        of_weight = (pixels.T @ windows).unflatten(1, (3, 3, width)).permute(0, 3, 1, 2)
-        return nn.grad.conv2d_input(x.shape, weight, grad, padding=1), of_weight, pixels.sum(0)
+        of_weight = (pixels.T @ windows).view(width, 3, 3, width).permute(0, 3, 1, 2)
+        of_x: Tensor = conv2d_input(x.shape, weight, grad, padding=1)  # type: ignore[no-untyped-call]
+        return of_x, of_weight, pixels.sum(0)
 
 
 class ConvMLP(nn.Sequential):
