@@ -1,6 +1,6 @@
 """One GPU, one table: parity first, then what a step costs, what the input gives, and what both make together.
 
-    python -m benchmarks.gpu [--budget 540] [--only PATTERN] [--out FOLDER]
+    python -m benchmarks.gpu [--budget 480] [--only PATTERN] [--commit HASH] [--out FOLDER]
 
 Needs torch, timm and this checkout; no Ray, no MLflow, no data. Rows are measured in the order in which they matter and
 the JSON file is written after each, so that what was measured before the budget (seconds) ran out, or a row failed, is
@@ -30,6 +30,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+import torch._dynamo
+import torch._inductor.config
 from PIL import Image
 from rich.console import Console
 from rich.markup import escape
@@ -99,6 +101,7 @@ class Bench:
     precision: str
     until: float
     only: str = "*"
+    commit: str | None = None
     save: Callable[[Bench], None] = lambda bench: None
     rows: list[Row] = field(default_factory=list)
     best: dict[str, int] = field(default_factory=dict)  # batch, by name
@@ -483,9 +486,11 @@ def failed(bench: Bench) -> bool:
 
 def document(bench: Bench) -> dict[str, Any]:
     """The JSON file."""
+    given = {"commit": bench.commit} if bench.commit else {}
     return provenance(
         "benchmarks.gpu",
         bench.device,
+        **given,
         seed=0,
         precision=bench.precision,
         flops="3 x torch.utils.flop_counter's count of a forward pass; no position matrices, no recomputation",
@@ -499,9 +504,10 @@ def document(bench: Bench) -> dict[str, Any]:
 def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> int:
     """Measure, print, write `benchmarks/results/gpu_<device>_<date>.json`; 1 if a row or a parity case failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--budget", type=float, default=540, help="seconds after which no row is begun")
+    parser.add_argument("--budget", type=float, default=480, help="seconds after which no row is begun")
     parser.add_argument("--only", default="*", help="names of rows, such as 'joint-small,*'")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--commit", help="of this copy, where it has no .git")
     parser.add_argument("--out", type=Path, default=RESULTS)
     options = parser.parse_args(argv)
     device = torch.device(options.device)
@@ -516,6 +522,7 @@ def main(argv: list[str] | None = None, sizes: Sizes | None = None) -> int:
         precision="bf16" if device.type == "cuda" else "fp32",
         until=time.monotonic() + options.budget,
         only=options.only,
+        commit=options.commit,
         save=lambda bench: write_json(path, document(bench)),
     )
     measure_all(bench)

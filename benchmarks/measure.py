@@ -84,8 +84,7 @@ def provenance(module: str, device: torch.device, **more: Any) -> dict[str, Any]
         "torch": torch.__version__,
         "cuda": torch.version.cuda if device.type == "cuda" else None,
         "timm": timm.__version__,
-        **more,
-    }
+    } | more
 
 
 def cpu_model() -> str:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.gpu import Sizes, endless, small_images

@@ -75,8 +75,8 @@ def test_a_row_that_fails_or_runs_out_of_memory_costs_no_other(tmp_path: Path, m
 
 
 def test_rows_beyond_the_budget_say_so(tmp_path: Path) -> None:
-    status, found = run(tmp_path, "--budget", "0")
-    assert status == 0
+    status, found = run(tmp_path, "--budget", "0", "--commit", "abc")
+    assert (status, found["commit"]) == (0, "abc")
     assert {row["note"] for row in found["rows"]} == {"not measured: the budget was used up"}
 
 
