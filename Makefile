@@ -38,6 +38,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.scale
 
 clean:
 	rm -rf $(VENV) runs mlruns mlflow.db

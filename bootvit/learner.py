@@ -157,6 +157,7 @@ class Learner:
             self.networks,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
             broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # gradients are where they are reduced: no copies
             find_unused_parameters=idle and getattr(self.networks.vit, "head_dist", None) is not None,
         )
 

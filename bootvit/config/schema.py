@@ -445,7 +445,9 @@ class Config(Section):
         "fp32", description="Number format: of everything, or bf16 for the products that tolerate it (autocast)."
     )
     compile: bool = Field(
-        False, description="Whether torch.compile translates the training step first, which takes minutes."
+        False,
+        description="Whether torch.compile translates the training step first, which takes minutes; on CPUs it did not "
+        "make the step faster.",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()

@@ -1,7 +1,7 @@
 """The two ways from stored images to batches on the device.
 
-Small images of one size are decoded once per node and kept as pixels; cropping, flipping and resizing are done on
-the device. Others are read, cut and resized when they are needed, by `data.workers` processes.
+Small images of one size are decoded once per node and kept as pixels, on a GPU if they fit there; cropping, flipping
+and resizing are done on the device. Others are read, cut and resized when they are needed, by `data.workers` processes.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
 from bootvit.data.resize import area_crop, normalise, resize_batch
 from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
+from bootvit.data.transfer import fits, to_device
 from bootvit.errors import RunFailed, UserError
 from bootvit.standalone.images import centre_crop, enlarge
 
@@ -68,13 +69,20 @@ class MemoryLoader:
         if isinstance(subset.table.images, PixelImages):
             self._pixels, self._rows, self._labels = subset.table.images.pixels, subset.indices, subset.labels
             self._places = np.arange(len(subset))
-            return
-        self._pixels, places, broken = decoded(subset)
-        self._rows, self._labels, self._places = np.arange(len(places)), subset.labels[places], places
-        for place, reason in broken:
-            leave_out(subset, place, reason, data, self.broken)
-        if not len(places):
-            raise none_readable(subset, self.broken)
+        else:
+            self._pixels, places, broken = decoded(subset)
+            self._rows, self._labels, self._places = np.arange(len(places)), subset.labels[places], places
+            for place, reason in broken:
+                leave_out(subset, place, reason, data, self.broken)
+            if not len(places):
+                raise none_readable(subset, self.broken)
+        size = len(self._rows) * self._pixels[0].nbytes
+        self._resident = self._upload() if data.resize == "device" and fits(size, device) else None
+
+    def _upload(self) -> tuple[Tensor, Tensor]:
+        """All images (n, rows, cols, 3) uint8 and labels (n,) on the device, where batches are gathered then."""
+        pixels = torch.from_numpy(np.ascontiguousarray(self._pixels[self._rows]))
+        return pixels.to(self._device), torch.from_numpy(np.array(self._labels)).to(self._device)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -85,15 +93,23 @@ class MemoryLoader:
         return _one_ahead(batches) if self._device.type == "cuda" else batches
 
     def _batch(self, part: Piece, places: Rows, numbers: Numbers) -> Batch:
-        raw = torch.from_numpy(np.ascontiguousarray(self._pixels[self._rows[places]]))
         on_device = self._data.resize == "device"
-        images = (_to(raw, self._device) if on_device else raw).permute(0, 3, 1, 2)
+        raw, labels = self._gathered(places, on_device=on_device)
+        images = raw.permute(0, 3, 1, 2)
         if self._augment == "crop" and numbers is not None:
             images = pad_crop_flip(images, numbers(part), self._data.crop_padding, flip=self._data.flip)
         size, mean, std = self._preparation.size, self._preparation.mean, self._preparation.std
-        images = resize_batch(images, size) if on_device else _to(_resize_with_pil(images, size), self._device)
-        labels = _to(torch.from_numpy(self._labels[places]), self._device)
+        images = resize_batch(images, size) if on_device else to_device(_resize_with_pil(images, size), self._device)
         return Batch(normalise(images, mean, std), labels, part.global_size, self._places[places])
+
+    def _gathered(self, places: Rows, *, on_device: bool) -> tuple[Tensor, Tensor]:
+        """Images (batch, rows, cols, 3), where they are to be resized, and labels (batch,) on the device."""
+        if self._resident is not None:
+            chosen = to_device(torch.from_numpy(places), self._device)
+            return self._resident[0][chosen], self._resident[1][chosen]
+        raw = torch.from_numpy(np.ascontiguousarray(self._pixels[self._rows[places]]))
+        labels = to_device(torch.from_numpy(self._labels[places]), self._device)
+        return to_device(raw, self._device) if on_device else raw, labels
 
 
 class WorkerLoader:
@@ -163,8 +179,8 @@ class WorkerLoader:
         if not isinstance(pixels, Tensor):
             self._say_pipes()
             pixels = torch.from_numpy(pixels)
-        images = _to(pixels, self._device).permute(0, 3, 1, 2)
-        labels = _to(torch.from_numpy(self._subset.labels[loaded.places]), self._device)
+        images = to_device(pixels, self._device).permute(0, 3, 1, 2)
+        labels = to_device(torch.from_numpy(self._subset.labels[loaded.places]), self._device)
         mean, std = self._preparation.mean, self._preparation.std
         return Batch(normalise(images, mean, std), labels, part.global_size, loaded.places)
 
@@ -294,13 +310,6 @@ def _resize_with_pil(images: Tensor, size: tuple[int, int]) -> Tensor:
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
     out = [np.asarray(enlarge(Image.fromarray(pixels), size)) for pixels in arrays]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On a GPU without waiting, which needs pinned memory."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

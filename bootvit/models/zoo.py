@@ -16,6 +16,7 @@ from bootvit.models.agent import (
     AgentBlock,
     ConvMLP,
     HeadTapConv,
+    SameConv,
     TimmCNN,
     init_agent,
 )
@@ -96,7 +97,7 @@ def _own_blocks(config: Config, shape: ViTShape) -> list[AgentBlock]:
 
     def mixer() -> nn.Module:
         if cfg.name == "agent_small":
-            return nn.Conv2d(shape.width, shape.width, 3, padding=1)
+            return SameConv(shape.width)
         return HeadTapConv(shape.width, agent_taps(config))
 
     def mlp() -> nn.Module:
