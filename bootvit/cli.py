@@ -137,6 +137,7 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished sweep")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a sweep of this name first")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="--resume, and run failed trials again")] = False,
+    take_over: Annotated[bool, typer.Option("--take-over", help="also from a process that runs it now")] = False,
 ) -> int:
     """Run a sweep: its own keys go to the sweep, all others to its base config.
 
@@ -146,7 +147,7 @@ def sweep(
     """
     from tune.run.driver import How, run_sweep
 
-    return run_sweep(sweep, overrides or [], How(resume, overwrite, retry_failed), dry_run=dry_run)
+    return run_sweep(sweep, overrides or [], How(resume, overwrite, retry_failed, take_over), dry_run=dry_run)
 
 
 @app.command("eval")
