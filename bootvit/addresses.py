@@ -11,11 +11,11 @@ HARMLESS = (  # parameters of an address that are no secret; any other one's val
     *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
     *("tls_ca_file_path", "retry_limit_seconds", "charset", "sslmode", "driver"),
 )
-USER = re.compile(r"(?<!sqlite)(?<!file):(/+)\S*@")  # greedy: a password may itself hold @, / or #
-SPACED = re.compile(r"(?<!sqlite)(?<!file)://((?!: |; )[^'\"\n])*@")  # and blanks, within a sentence
+USER = re.compile(r"(?<!sqlite)(?<!file)(?<!hf):(/+)\S*@")  # greedy: a password may itself hold @, / or #
+SPACED = re.compile(r"(?<!sqlite)(?<!file)(?<!hf)://((?!: |; )[^'\"\n])*@")  # and blanks, within a sentence
 NO_SCHEME = re.compile(r"(?<![^\s'\"=(])[^\s'\"=:/(@]+:(?!/)\S*@")  # user:password@host
 QUERY = re.compile(r"(?<!sqlite)(?<!file)(://[^\s'\"?]*\?)([^\s'\"]+?)(?=[:;,.)]*(?:[\s'\"]|$))")
-ADDRESS = re.compile(r"(?!sqlite:|file:)[A-Za-z][\w+.-]*:/+")
+ADDRESS = re.compile(r"(?!sqlite:|file:|hf:)[A-Za-z][\w+.-]*:/+")
 STORES = (
     "s3",
     "gs",
@@ -90,12 +90,20 @@ def is_address(place: str) -> bool:
 
 def wrong_with(address: str, source: str) -> str | None:
     """Why an address cannot be a data set's `root`, without its secrets; None if it may be one."""
-    if (wrong := wrong_address(address)) or source == "parquet":
+    wrong = wrong_on_hub(address) if address.startswith("hf:") else wrong_address(address)
+    if wrong or source == "parquet":
         return wrong
     return (
         f"data.source={source} needs a folder: from an object store Parquet files are read (data.source=parquet), "
         "which `bootvit data pack` makes of any source"
     )
+
+
+def wrong_on_hub(address: str) -> str | None:
+    """The same for a data set of the Hugging Face Hub, which has no keys in it: an `@` leads to a revision."""
+    if re.fullmatch(r"hf://datasets/[^/@?]+/[^/@?]+(@[^/?]+)?(/[^?]*)?", address):
+        return None
+    return "expected hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME@REVISION, with a folder in it or without"
 
 
 def wrong_address(address: str) -> str | None:

@@ -151,14 +151,14 @@ def test_a_store_that_is_down_for_a_while_is_waited_for(
     def spoil(method: str, path: str) -> str | None:
         nonlocal down
         down -= method == "PUT" and "/events/" in path
-        return "400" if method == "PUT" and down >= 0 else None
+        return "501" if method == "PUT" and down >= 0 else None
 
     s3.spoil = spoil
     run(conductor, lambda trial, epoch: 1.0)
     assert down < 0
     assert events(drive(sweep)[0]) == events(mine)
     monkeypatch.setattr(remote, "PATIENCE_S", 0.0)
-    s3.spoil = lambda method, path: "400" if method == "PUT" else None
+    s3.spoil = lambda method, path: "501" if method == "PUT" else None
     with pytest.raises((RunFailed, UserError), match=str(sweep.place)):
         drive(sweep)
 
