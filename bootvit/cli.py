@@ -288,7 +288,9 @@ def report(
         typer.Argument(metavar="[FOLDER]...", help="or s3://BUCKET/FOLDER; default: ./runs"),
     ] = None,
     experiment: Annotated[Optional[str], typer.Option(help="read this MLflow experiment instead")] = None,  # noqa: UP045
-    sweep: Annotated[str | None, typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="report a sweep: its folder or address, or its name below ./runs")
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
@@ -305,7 +307,7 @@ def report(
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs lie")] = Path("runs"),
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="where runs lie, or s3://BUCKET/FOLDER")] = "runs",
     trials: Annotated[bool, typer.Option("--trials", help="the trials of sweeps too")] = False,
     as_json: Json = False,
 ) -> None:
@@ -316,8 +318,9 @@ def list_runs(
     Next: bootvit show RUN; bootvit compare RUN RUN
     """
     from bootvit import manage
+    from bootvit.storage import place_at
 
-    found = manage.list_runs(folder, trials=trials)
+    found = manage.list_runs(place_at(folder), trials=trials)
     if as_json:
         print_json([one._asdict() for one in found])
     else:

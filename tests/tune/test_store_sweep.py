@@ -269,6 +269,18 @@ def test_a_sweep_in_a_store(top: str, tmp_path: Path, empty_store: Path, capsys:
 
     assert main(["report", "--sweep", store.at, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["status"] == "finished"
+    assert main(["report", "--sweep", store.at]) == 0
+    assert "Best of every group" in capsys.readouterr().out
+    assert main(["list", top, "--json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert (listed["name"], listed["status"]) == ("sweep", "finished (2 finished)")
+    assert main(["list", top, "--trials", "--json"]) == 0
+    listed = {one["name"]: one["status"] for one in json.loads(capsys.readouterr().out)}
+    assert listed == {"sweep": "finished (2 finished)"} | {
+        f"sweep/{trial['run']}": "finished" for trial in document["trials"]
+    }
+    assert main(["report", "--sweep", f"{top}/none"]) == 2
+    assert f"--sweep {top}/none: no sweep.json there" in capsys.readouterr().err
     assert main([*words, "--resume"]) == 0
     assert f"{store} is finished; nothing to do" in capsys.readouterr().out
 
