@@ -141,12 +141,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100, help="of runs, at least")
     parser.add_argument("--sweep-kills", type=int, default=6, help="of sweeps, at least")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which no further run or sweep is begun")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--address", help="an empty folder in an object store")
     parser.add_argument("--moto", action="store_true", help="start such a store here")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    until = time.monotonic() + 60 * given.minutes
     dice = random.Random(given.seed)
     with tempfile.TemporaryDirectory() as name, moto(Path(name), started=given.moto) as address:
         folder = Path(name)
@@ -154,8 +156,8 @@ def main() -> None:
         place = given.address or address
         report = {
             "kept_in": "an object store" if place else "a folder",
-            "runs": kill_runs(folder, place, given.kills, dice) if given.kills else None,
-            "sweeps": kill_sweeps(folder, place, given.sweep_kills, dice) if given.sweep_kills else None,
+            "runs": kill_runs(folder, place, given.kills, until, dice) if given.kills else None,
+            "sweeps": kill_sweeps(folder, place, given.sweep_kills, until, dice) if given.sweep_kills else None,
         }
     report |= {
         "date": datetime.now(UTC).date().isoformat(),
@@ -237,8 +239,8 @@ def here(folder: Path, address: str | None, name: str) -> Path:
     return copy
 
 
-def kill_runs(folder: Path, address: str | None, kills: int, dice: random.Random) -> dict[str, Any]:
-    """Kill at least so many processes, over runs of every kind."""
+def kill_runs(folder: Path, address: str | None, kills: int, end: float, dice: random.Random) -> dict[str, Any]:
+    """Kill at least so many processes, over runs of every kind, but begin no run behind `end`."""
     names, log = list(RUNS), folder / "log"
     base = ["train", "digits/joint", "--local", f"ray.storage_path={address or folder}", *TINY]
     seconds: dict[str, float] = {}
@@ -250,7 +252,7 @@ def kill_runs(folder: Path, address: str | None, kills: int, dice: random.Random
     done = runs = 0
     steps_lost: list[int] = []
     wrong: list[str] = []
-    while done < kills:
+    while done < kills and time.monotonic() < end:
         kind = names[runs % len(names)]
         run, newest = f"killed-{runs}", 0
         while True:
@@ -287,15 +289,15 @@ def kill_runs(folder: Path, address: str | None, kills: int, dice: random.Random
 # --------------------------------------------------------------------------------------------------- sweeps
 
 
-def kill_sweeps(folder: Path, address: str | None, kills: int, dice: random.Random) -> dict[str, Any]:
-    """Kill at least so many drivers of sweeps, each of which is then resumed until it ends."""
+def kill_sweeps(folder: Path, address: str | None, kills: int, end: float, dice: random.Random) -> dict[str, Any]:
+    """Kill at least so many drivers of sweeps, each of which is then resumed until it ends; the same."""
     file = folder / "sweep.yaml"
     file.write_text(SWEEP)
     whole, seconds = finish(folder, file, address, "whole-sweep")
     assert whole == 0, (folder / "log").read_text()[-2000:]
     done = sweeps = 0
     wrong: list[str] = []
-    while done < kills:
+    while done < kills and time.monotonic() < end:
         name = f"killed-sweep-{sweeps}"
         while True:
             status, _ = finish(folder, file, address, name, kill_after=dice.uniform(0, seconds))
