@@ -5,7 +5,9 @@ Workers learn here that they are to stop, and the driver what they have done, wi
 
 from __future__ import annotations
 
+import math
 import threading
+import time
 from typing import Any
 
 import ray
@@ -15,6 +17,7 @@ from bootvit.asks import Ask
 from bootvit.result import EpochReport
 
 EVERY = 1.0  # seconds between two looks of a worker
+LEAVING = 10.0  # seconds between two checkpoints of a node that is about to go: nobody knows which is the last
 
 
 class Coordinator:
@@ -53,13 +56,13 @@ class Watch:
     def __init__(self, coordinator: Any = None) -> None:
         self._coordinator = coordinator
         self._ask = Ask.NOTHING
-        self._noticed = False
+        self._saved = -math.inf  # when a notice last led to a checkpoint
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._look, name="watch", daemon=True)
         self._thread.start()
 
     def asked(self) -> Ask:
-        """What is asked now; a checkpoint is asked for once."""
+        """What is asked now; a checkpoint only until it was read."""
         ask = self._ask
         if ask == Ask.SAVE:
             self._ask = Ask.NOTHING
@@ -75,8 +78,8 @@ class Watch:
             if self._coordinator is not None and is_stopping(self._coordinator):
                 self._ask = Ask.STOP
                 return
-            if not self._noticed and ray.is_initialized() and is_draining():
-                self._ask, self._noticed = Ask.SAVE, True
+            if time.monotonic() - self._saved >= LEAVING and ray.is_initialized() and is_draining():
+                self._ask, self._saved = Ask.SAVE, time.monotonic()
 
 
 def is_stopping(coordinator: Any) -> bool:

@@ -70,9 +70,9 @@ def test_a_failure_on_the_workers_is_one_line(here: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("sent", "local"),
     [
-        (signal.SIGINT, False),
         (signal.SIGTERM, True),
         pytest.param(signal.SIGINT, True, marks=pytest.mark.cluster),
+        pytest.param(signal.SIGINT, False, marks=pytest.mark.cluster),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.cluster),
     ],
 )

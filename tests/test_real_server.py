@@ -101,7 +101,7 @@ def check_history(folder: Path, uri: str) -> None:
     wanted: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         wanted.setdefault(row["name"], []).append((row["step"], row["value"]))
-    assert len(wanted["train/vit/loss"]) == 400 * 5
+    assert len(wanted["train/vit/loss"]) == 400 * 4
     for name, expected in wanted.items():
         found = [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, name)]
         assert sorted(found) == expected, name

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from cluster_processes import processes
 
 from bootvit import checkpoint
 from bootvit.errors import UserError
@@ -98,27 +99,19 @@ def wait_for(condition: Callable[[], bool], driver: subprocess.Popen[str], secon
 
 
 def kill_worker(cluster: Cluster) -> None:
-    os.kill(workers()[-1], signal.SIGKILL)
+    os.kill(workers(cluster)[-1], signal.SIGKILL)
 
 
 def halt_worker(cluster: Cluster) -> None:
     """It is there and answers nothing: the other one waits in a collective."""
-    os.kill(workers()[-1], signal.SIGSTOP)
+    os.kill(workers(cluster)[-1], signal.SIGSTOP)
 
 
-def workers() -> list[int]:
+def workers(cluster: Cluster) -> list[int]:
     """The processes that train."""
-    names = (path for path in Path("/proc").iterdir() if path.name.isdigit())
-    pids = [int(path.name) for path in names if b"RayTrainWorker" in read(path / "cmdline")]
-    assert pids
+    pids = processes("ray::RayTrainWorker", cluster.local)
+    assert len(pids) == 2, pids
     return pids
-
-
-def read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError:  # it has just ended
-        return b""
 
 
 def kill_node(cluster: Cluster) -> None:
@@ -131,10 +124,9 @@ def lose_node(cluster: Cluster) -> None:
 
 
 def drain_node(cluster: Cluster) -> None:
-    cluster.local.add_node()
-    cluster.local.drain_node(cluster.nodes[-1], 8)
-    time.sleep(8)
-    cluster.local.kill_node(cluster.nodes[-1])
+    cluster.local.drain_node(cluster.nodes[-1], 5)
+    time.sleep(5)
+    kill_node(cluster)
 
 
 def cut_network(cluster: Cluster) -> None:
@@ -207,6 +199,7 @@ def test_a_run_survives(
     wait_for(lambda: told(run) >= 40, driver)
     FAULTS[fault](Cluster(cluster, [node for node in cluster.nodes if node is not cluster.head], driver))
     before, kept = told(run), newest(run)
+    assert before < EPOCHS * STEPS, "it came after the end"
     if "--resume" in fault:
         driver.communicate(timeout=200)
         kept = newest(run)

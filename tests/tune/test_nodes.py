@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cluster_processes import processes
 from sweep_driver import ROOT, command, document, finish, kill, mlflow_points
 from tiny_sweeps import sweep_file
 
-from cluster.local import LocalCluster, processes_of
+from cluster.local import LocalCluster
 
 KD = "objective.vit.kd"
 SPACE = {KD: {"grid": [1, 2, 3, 4]}}
@@ -142,18 +143,3 @@ def test_a_killed_actor_of_a_trial_of_two_workers(
     assert status == 0, out + err
     check_complete(folder, LONG["schedule.epochs"], tmp_path / "mlflow.db")
     assert [t["crashes"] for t in document(folder)["trials"]] == [1, 0]
-
-
-def processes(title: str, cluster: LocalCluster) -> list[int]:
-    """The cluster's own processes with such a title: those below its raylets."""
-    raylets = {pid for node in cluster.nodes for pid in processes_of(node.folder)}
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            parent = int((folder / "stat").read_text().rsplit(")", 1)[1].split()[1])
-            named = (folder / "cmdline").read_bytes().decode().startswith(title)
-        except OSError:
-            continue  # it has just ended
-        if named and parent in raylets:
-            found.append(int(folder.name))
-    return found
