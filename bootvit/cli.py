@@ -137,6 +137,7 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished sweep")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a sweep of this name first")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="--resume, and run failed trials again")] = False,
+    take_over: Annotated[bool, typer.Option("--take-over", help="also from a process that runs it now")] = False,
 ) -> int:
     """Run a sweep: its own keys go to the sweep, all others to its base config.
 
@@ -146,7 +147,7 @@ def sweep(
     """
     from tune.run.driver import How, run_sweep
 
-    return run_sweep(sweep, overrides or [], How(resume, overwrite, retry_failed), dry_run=dry_run)
+    return run_sweep(sweep, overrides or [], How(resume, overwrite, retry_failed, take_over), dry_run=dry_run)
 
 
 @app.command("eval")
@@ -320,7 +321,9 @@ def report(
         typer.Argument(metavar="[FOLDER]...", help="or s3://BUCKET/FOLDER; default: ./runs"),
     ] = None,
     experiment: Annotated[Optional[str], typer.Option(help="read this MLflow experiment instead")] = None,  # noqa: UP045
-    sweep: Annotated[str | None, typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="report a sweep: its folder or address, or its name below ./runs")
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
@@ -337,7 +340,7 @@ def report(
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs lie")] = Path("runs"),
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="where runs lie, or s3://BUCKET/FOLDER")] = "runs",
     trials: Annotated[bool, typer.Option("--trials", help="the trials of sweeps too")] = False,
     as_json: Json = False,
 ) -> None:
@@ -348,8 +351,9 @@ def list_runs(
     Next: bootvit show RUN; bootvit compare RUN RUN
     """
     from bootvit import manage
+    from bootvit.storage import place_at
 
-    found = manage.list_runs(folder, trials=trials)
+    found = manage.list_runs(place_at(folder), trials=trials)
     if as_json:
         print_json([one._asdict() for one in found])
     else:

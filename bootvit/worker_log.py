@@ -99,7 +99,10 @@ class _Copied:
 
 def _new_attempt(folder: RunFolder, world: World) -> int:
     """One more than there have been; rank 0 counts, and tells the others."""
-    known = folder.hold.attempt - 1 if folder.hold else max(_numbered(folder.path / LOGS, r"attempt-(\d+)"), default=0)
+    if folder.hold:  # a trial's only process has no lease of a group
+        known = (folder.hold.attempt if folder.hold.is_group else folder.hold.number) - 1
+    else:
+        known = max(_numbered(folder.path / LOGS, r"attempt-(\d+)"), default=0)
     number = [1 + known if world.rank == 0 else 0]
     if world.size > 1:
         dist.broadcast_object_list(number, src=0)

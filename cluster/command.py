@@ -80,7 +80,6 @@ def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
 
 
 def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
-    from tune.run.folder import check_place
     from tune.spec.load import is_own, load_sweep
     from tune.spec.space import check_space
 
@@ -89,7 +88,6 @@ def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
         if text.startswith("base=") and Path(text.removeprefix("base=")).is_file():
             raise UserError(f"{origin_of(text)}: the job does not have this file: name it in the sweep file")
     sweep = load_sweep(str(path), overrides)
-    check_place(sweep)
     check_space(sweep)
     base = find_config(sweep.file.base)
     raw = read_layers(base)

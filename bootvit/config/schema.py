@@ -327,8 +327,8 @@ class RayConfig(Section):
     )
     storage_path: Address = Field(
         "./runs",
-        description="Parent of the runs' folders, relative to where the command is started, which every node sees; for "
-        "single runs also an address in an object store, such as s3://BUCKET/FOLDER.",
+        description="Parent of the runs' folders, relative to where the command is started, which every node sees; or "
+        "an address in an object store, such as s3://BUCKET/FOLDER.",
     )
     max_failures: int = Field(
         0, ge=0, description="How often a run goes on from its last checkpoint after it has lost a worker."
