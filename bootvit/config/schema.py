@@ -425,7 +425,8 @@ class Config(Section):
     )
     on_epoch: tuple[str, ...] = Field(
         (),
-        description="MODULE:NAME of functions of yours that rank 0 calls with the config and an EpochReport after every epoch.",
+        description="MODULE:NAME of functions of yours that rank 0 calls with the config and an EpochReport after "
+        "every epoch.",
     )
     method: Method = Field(
         "joint",
