@@ -217,12 +217,12 @@ def check_device(name: str) -> str:
 def check_collective(config: Config) -> str:
     """Processes that add their ranks together: two on the CPU, or one on every GPU."""
     import torch
-    import torch.multiprocessing as processes
+    from torch.multiprocessing.spawn import spawn
 
     gpus = torch.cuda.device_count() if config.ray.use_gpu is not False else 0
     size, backend = (gpus, "nccl") if gpus else (2, "gloo")
     with tempfile.TemporaryDirectory() as folder:
-        context = processes.spawn(add_ranks, (size, backend, folder), nprocs=size, join=False)
+        context = spawn(add_ranks, (size, backend, folder), nprocs=size, join=False)  # type: ignore[no-untyped-call]
         try:
             until = time.monotonic() + 150
             while not context.join(timeout=1):

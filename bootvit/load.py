@@ -37,8 +37,8 @@ def make_config(data: dict[str, Any], origin: str, origins: dict[str, str] | Non
         raise UserError(f"{origin}: a path in it cannot be resolved: {err}") from err
     try:
         import_all(config.imports)
-        for callback in config.callbacks:
-            named("callbacks", callback)
+        for function in config.on_epoch:
+            named("on_epoch", function)
         check_models(config)
     except UserError as err:
         raise UserError(f"{origin}: {err}") from err

@@ -248,11 +248,11 @@ class Training:
 
     def _call_back(self, report: EpochReport) -> None:
         """The user's own functions; what one raises ends the run as failed."""
-        for given in self.config.callbacks:
+        for given in self.config.on_epoch:
             try:
-                named("callbacks", given)(self.config, report)
+                named("on_epoch", given)(self.config, report)
             except Exception as err:
-                raise RunFailed(f"callbacks={given}: {type(err).__name__}: {err}{what_is_left(self.folder)}") from err
+                raise RunFailed(f"on_epoch={given}: {type(err).__name__}: {err}{what_is_left(self.folder)}") from err
 
     def _evaluate(self, last: bool) -> dict[str, Scores]:
         """Counts on the held-out part and, where `test` allows it now, on the test set."""

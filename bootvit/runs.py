@@ -28,7 +28,7 @@ from bootvit.tracking.artifacts import needed
 # what may differ between a run and its resumption: where and how fast it runs, not what it computes
 FREE_ON_RESUME = (
     "imports",
-    "callbacks",
+    "on_epoch",
     "name",
     "ray.",
     "tracking.",

@@ -65,7 +65,7 @@ def fails(config, report):
 OWN = {
     "name": "own",
     "imports": ["mine"],
-    "callbacks": ["mine:told"],
+    "on_epoch": ["mine:told"],
     "method": "vit",
     "model": {
         "vit": {"name": "my_tiny_vit", "width": None, "depth": None, "heads": None, "mlp_width": None, "patch": None}
@@ -151,9 +151,9 @@ def test_they_are_there_on_workers_of_ray(here: Path) -> None:
     ("override", "said"),
     [
         ("imports=[yours]", "imports: yours: no such module"),
-        ("callbacks=[told]", "expected MODULE:NAME"),
-        ("callbacks=['mine:nothing']", "has no such name"),
-        ("callbacks=['other:told']", "`imports` does not list 'other'"),
+        ("on_epoch=[told]", "expected MODULE:NAME"),
+        ("on_epoch=['mine:nothing']", "has no such name"),
+        ("on_epoch=['other:told']", "`imports` does not list 'other'"),
         ("model.vit.name=my_tiny_vitt", "is not a model of timm"),
     ],
 )
@@ -166,8 +166,8 @@ def test_a_broken_module_and_a_callback_that_fails(here: Path) -> None:
     write(here / "broken.py", "import numpy\n1 / 0\n")
     with pytest.raises(UserError, match=r"imports: .*broken\.py: ZeroDivisionError: division by zero"):
         load_config("study/own.yaml", ["imports=[broken]"])
-    with pytest.raises(RunFailed, match="callbacks=mine:fails: RuntimeError: no disk"):
-        bootvit.train("study/own.yaml", {"callbacks": ["mine:fails"]}, local=True)
+    with pytest.raises(RunFailed, match="on_epoch=mine:fails: RuntimeError: no disk"):
+        bootvit.train("study/own.yaml", {"on_epoch": ["mine:fails"]}, local=True)
 
 
 def test_images_of_every_form(tmp_path: Path) -> None:

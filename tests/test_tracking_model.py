@@ -79,7 +79,7 @@ def same(answer: dict[str, dict[str, float]], wanted: dict[str, dict[str, float]
 
 
 def test_a_finished_run_has_one_model_that_answers_as_predict_does(
-    shipped: tuple[Config, MlflowRun], tmp_path: Path
+    shipped: tuple[Config, MlflowRun], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import mlflow.artifacts
     import mlflow.pyfunc
@@ -95,9 +95,8 @@ def test_a_finished_run_has_one_model_that_answers_as_predict_does(
     (version,) = client.search_model_versions("name = 'digits'")
     assert (version.run_id, version.source) == (run.run_id, model.artifact_location)
 
-    folder = mlflow.artifacts.download_artifacts(
-        f"runs:/{run.run_id}/model", dst_path=str(tmp_path), tracking_uri=run.uri
-    )
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", run.uri)  # a model is looked up there, whatever the address given
+    folder = mlflow.artifacts.download_artifacts(f"runs:/{run.run_id}/model", dst_path=str(tmp_path))
     assert "bootvit" not in Path(folder, "requirements.txt").read_text()
     loaded = mlflow.pyfunc.load_model(folder)
     image = picture(tmp_path)

@@ -426,11 +426,12 @@ class Config(Section):
     imports: tuple[str, ...] = Field(
         (),
         description="Modules of yours that are imported first, by name or as files beside the config: they register "
-        "models with timm, and have data sets and callbacks.",
+        "models with timm, and have data sets and functions for on_epoch.",
     )
-    callbacks: tuple[str, ...] = Field(
+    on_epoch: tuple[str, ...] = Field(
         (),
-        description="MODULE:NAME of functions that rank 0 calls with the config and an EpochReport after every epoch.",
+        description="MODULE:NAME of functions of yours that rank 0 calls with the config and an EpochReport after "
+        "every epoch.",
     )
     method: Method = Field(
         "joint",
