@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ from bootvit.report.sweep_plots import UNSET, make_axis, spread_out
 from bootvit.report.tables import Column, Line, letters, short_keys
 from bootvit.report.write import cell_text, seconds_cell
 from bootvit.tracking import Journal, MlflowRun, Record, run_tags
+from bootvit.tracking.attach import attach
+from bootvit.tracking.store import connect
 
 
 def make_run(
@@ -511,6 +514,19 @@ def ship(folder: Path) -> None:
     result = json.loads((folder / "result.json").read_text())
     run = MlflowRun(config, folder, tags=run_tags(config, data_fingerprint="f00d"))
     run.finish("FINISHED" if result["status"] == "finished" else "FAILED", result)
+
+
+def test_what_comes_after_a_run_is_attached_to_it(tmp_path: Path, empty_store: Path) -> None:
+    """Such as the figures of `bootvit explain`."""
+    uri = f"sqlite:///{shutil.copy(empty_store, tmp_path / 'mlflow.db')}"
+    folder = make_run(tmp_path / "runs", "a", {"vit": 50.0}, changes={"tracking": {"uri": uri}})
+    figure = tmp_path / "heads.png"
+    figure.write_bytes(b"png")
+    attach(folder, [figure], "explain")  # a run that was not tracked has nowhere to put it
+    ship(folder)
+    attach(folder, [figure], "explain")
+    run_id = json.loads((folder / "mlflow.json").read_text())["run_id"]
+    assert [item.path for item in connect(uri).list_artifacts(run_id, "explain")] == ["explain/heads.png"]
 
 
 def test_a_store_that_is_not_there_is_one_line_and_is_not_created(tmp_path: Path) -> None:
