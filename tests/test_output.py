@@ -207,8 +207,7 @@ def test_the_bar_moves_with_the_steps_within_an_epoch_and_fits_80_columns() -> N
         view.live.refresh()
     text = out.getvalue()
     assert "epoch 2/3" in text
-    assert "310 images/s  loss vit 11.062 agent 11.062  rate 0.00036" in " ".join(text.split())
+    assert "310 images/s loss vit 11.062 agent 11.062 rate 0.00036" in " ".join(text.split())
     assert "epoch 1/3  test vit 45.0%  held-out vit 44.0%" in text
     assert "100/300" in text
-    assert "310 images/s" in text
     assert max(map(len, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").splitlines())) <= 80

@@ -38,7 +38,7 @@ class Choice(NamedTuple):
     winner: Winner
     scores: tuple[float, ...]  # held-out accuracy by seed
     over_methods: Lead | None  # the best of the other groups at that fraction
-    over_settings: Lead | None  # the next weights of its own group
+    over_settings: Lead | None  # the next weights of its own group that were tried with as many seeds
 
 
 def choices(sweep: Sweep) -> dict[float, Choice]:
@@ -62,7 +62,7 @@ def _choice(sweep: Sweep, there: Sequence[tuple[Winner, tuple[float, ...]]]) -> 
     for trial in sweep.trials:
         if trial.group == winner.group and trial.status == "finished" and trial.overrides != winner.overrides:
             settings[settings_text(trial.overrides, names)].append(trial)
-    rest = [(text, own) for text, trials in settings.items() if (own := _scores(sweep, trials))]
+    rest = [(text, own) for text, trials in settings.items() if len(own := _scores(sweep, trials)) >= len(scores)]
     rest.sort(key=lambda one: -statistics.fmean(one[1]))
     return Choice(winner, scores, behind, lead(scores, rest[0][1], rest[0][0]) if rest else None)
 

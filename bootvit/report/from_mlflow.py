@@ -82,10 +82,13 @@ def _by_network(metrics: dict[str, float], prefix: str) -> dict[str, float]:
 
 def _curves(client: Any, run: Any) -> dict[str, Points]:
     """The epoch of a point is the metric `epoch` at its step: MLflow's points have steps only."""
-    shown = [name for name in run.data.metrics if name.endswith(("/top1", "/loss")) and not name.startswith("final")]
+    shown = [
+        name
+        for name in run.data.metrics
+        if name.startswith(("test/", "held_out/", "train/")) and name.endswith(("/top1", "/loss", "/lr"))
+    ]
     if not shown:
         return {}
-    shown += [name for name in ("train/lr",) if name in run.data.metrics]
     epochs = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "epoch")}
     steps_per_epoch = next((step / epoch for step, epoch in epochs.items() if epoch > 0), 0.0)
     found: dict[str, Points] = {}

@@ -70,6 +70,7 @@ class Gallery:
 
 Block = Heading | Text | Grid | Picture | Gallery
 MISSING = "–"
+NUMBER = re.compile(rf"[-+]?\d[\d.,]*(%| s| min| h)?( ± [\d.]+)?( \(n=\d+\))?( \[[\d.]+\])?|{MISSING}")
 
 STYLE = """
 * { box-sizing: border-box; }
@@ -91,7 +92,7 @@ tfoot td { border-top: 2px solid #9aa5b5; font-weight: 600; }
 th button { all: unset; cursor: pointer; padding: .3rem .7rem; font-weight: 600; display: block; }
 th button:focus-visible { outline: 2px solid #0072b2; } th button:hover { color: #0072b2; }
 th[aria-sort] button::after { content: " \\2191"; } th[aria-sort=descending] button::after { content: " \\2193"; }
-.text { text-align: left; max-width: 24rem; } td.text { overflow-wrap: break-word; }
+.text { text-align: left; max-width: 24rem; } td.text { overflow-wrap: break-word; min-width: 4.8rem; }
 td.text:first-child { min-width: 7rem; }
 .number { text-align: right; white-space: nowrap; } th.number { white-space: normal; min-width: 4.2rem; }
 tbody tr:hover { background: #5b667514; }
@@ -139,8 +140,8 @@ def text_of(cell: Cell) -> str:
 
 
 def numeric(cells: Sequence[Cell]) -> bool:
-    """Whether a column is of numbers: each cell begins with one, or is missing."""
-    return all(re.match(rf"[-+−]?\d[\d.,]*(?!\w)|{MISSING}$", text_of(cell)) for cell in cells)
+    """Whether a column is of numbers, each with its unit, spread and count, or missing."""
+    return all(NUMBER.fullmatch(text_of(cell)) for cell in cells)
 
 
 def _columns(grid: Grid) -> list[str]:
