@@ -11,6 +11,7 @@ from helpers import ONE, batch, tiny
 from benchmarks.obvious import BareViT, ObviousStep
 from bootvit.data.batches import Batch
 from bootvit.learner import Learner
+from bootvit.models.agent import SameConv
 
 RESNET = {"agent": {"stem": "resnet", "downsample": [0]}}
 CASES: dict[str, dict[str, Any]] = {
@@ -52,6 +53,20 @@ def test_our_step_is_the_obvious_one(name: str, compiled: bool) -> None:
                 torch.testing.assert_close(
                     one.grad, two.grad, rtol=1e-9, atol=1e-11, msg=lambda text, name=where: f"{name}: {text}"
                 )
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_gathered_gradients_are_those_of_the_convolution(layout: torch.memory_format) -> None:
+    torch.manual_seed(0)
+    conv = SameConv(5).double().to(memory_format=layout)
+    x = torch.randn(2, 5, 3, 4, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+    upstream = torch.randn(2, 5, 3, 4, dtype=torch.float64)
+    given = (x, conv.weight, conv.bias)
+    fast = torch.autograd.grad(conv.train()(x), given, upstream)
+    slow = torch.autograd.grad(conv.eval()(x), given, upstream)
+    for one, two in zip(fast, slow, strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-12, atol=1e-12)
+    assert conv.train()(x).grad_fn.name().startswith("_GatheredGradient")
 
 
 def test_the_bare_vit_is_the_obvious_one() -> None:
