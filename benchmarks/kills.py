@@ -281,7 +281,7 @@ def kill_runs(folder: Path, address: str | None, kills: int, end: float, dice: r
         "kills": done,
         "runs": runs,
         "every_steps": EVERY,
-        "most_steps_lost": max(steps_lost),
+        "most_steps_lost": max(steps_lost, default=0),
         "wrong": wrong,
     }
 

@@ -3,7 +3,7 @@ or one of the Hugging Face Hub, `hf://datasets/OWNER/NAME`.
 
 Credentials, region and endpoint come from where the cloud's own tools have them. A request that fails is sent again by
 Arrow's client itself (to S3 with growing pauses, some 10 s in all, whether no server, a status of 5xx or 429, an answer
-cut short, or 3 s without a byte); if that does not help it is a `RunFailed`; what the user can mend is a `UserError`.
+cut short, or 10 s without a byte); if that does not help it is a `RunFailed`; what the user can mend is a `UserError`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from bootvit.errors import RunFailed, UserError
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*)://")
 ANSWER_S = 20.0  # for the first answer of a store
 GOOGLE_S = 6  # Google's client would try for a quarter of an hour
-S3_ATTEMPTS = 6  # a server that takes requests and never answers is left after half a minute
+S3_ATTEMPTS, S3_SILENT_S = 5, 10.0  # a server that takes requests and never answers is left after a minute
 AHEAD = 8  # files or row groups on their way at once
 AHEAD_BYTES = 256 << 20  # of row groups on their way at once, if more than one
 BUFFER = 1 << 20  # bytes asked for at once, where a file is read only as far as needed
@@ -154,7 +154,8 @@ def open_system(address: str) -> tuple[fs.FileSystem, str]:
     system, path = fs.FileSystem.from_uri(address)
     if system.type_name == "s3":  # `from_uri` knows the endpoint, but takes no number of attempts: it would be 30
         _, (options,) = system.__reduce__()
-        system = fs.S3FileSystem(**options, retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS))
+        few = {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)}
+        system = fs.S3FileSystem(**options | few | {"request_timeout": S3_SILENT_S})
     return system, path
 
 
