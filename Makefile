@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: setup demo test test-slow test-cluster lint bench clean
+.PHONY: setup demo mlflow test test-slow test-cluster lint bench clean
 
 setup: $(VENV)/.done
 
@@ -18,6 +18,9 @@ demo: setup
 	$(BIN)/bootvit train digits/joint name=demo-joint data.fraction=0.2 ray.num_workers=2 --overwrite
 	$(BIN)/bootvit sweep sweeps/digits-fractions --overwrite
 	$(BIN)/bootvit report --sweep digits-fractions --out report
+
+mlflow: setup
+	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not cluster and not gpu'
@@ -35,6 +38,9 @@ lint: setup
 
 bench: setup
 	$(BIN)/python -m benchmarks.speed
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.memory
+	$(BIN)/python -m benchmarks.scale
 
 clean:
 	rm -rf $(VENV) runs mlruns mlflow.db

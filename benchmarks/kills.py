@@ -1,13 +1,15 @@
-"""Kill short runs at random moments, start them again until they end, and compare them with uninterrupted ones.
+"""Kill short runs and sweeps at random moments, start them again until they end, and compare them with uninterrupted
+ones.
 
-    python -m benchmarks.kills --kills 100 [--seed 0] [--address s3://BUCKET/FOLDER] [--out FILE]
+    python -m benchmarks.kills [--kills 100] [--sweep-kills 6] [--seed 0] [--moto] [--out FILE]
 
-With `--address` the runs are in an object store (such as `moto_server`, with AWS_ENDPOINT_URL set and the bucket made),
-and after every other kill the next process finds nothing of the run on its disk, as on another machine.
+With `--moto` everything is in an object store, a server of moto's that is started here, or in the one that `--address
+s3://BUCKET/FOLDER` names; after every other kill the next process finds nothing on its disk, as on another machine.
 
-Each run is a process of its own (a fork of this one, which has imported everything) and is ended with SIGKILL. What
-must hold afterwards: the final weights and moments are bitwise those of the uninterrupted run, the journal has each
-step's records once, no file is left half written, and no kill cost more than the steps since the last checkpoint.
+Each run is a process of its own (a fork of this one, which has imported everything) and is ended with SIGKILL; of a
+sweep the driver's process group is. What must hold afterwards: the final weights and moments are bitwise those of the
+uninterrupted run or trial, the journal has each step's records once, no file is left half written, no kill cost more
+than the steps since the last checkpoint, and the sweep has the same trials, accuracies and winners.
 """
 
 from __future__ import annotations
@@ -18,11 +20,14 @@ import os
 import random
 import shutil
 import signal
+import socket
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from contextlib import redirect_stdout
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,6 +39,7 @@ from bootvit.__main__ import main as bootvit
 from bootvit.errors import UserError
 from bootvit.files import write_json
 from bootvit.runs import open_run
+from bootvit.storage import place_at, read_at
 from bootvit.tracking import read_journal, source_version
 
 EVERY = 3  # steps between checkpoints
@@ -48,6 +54,28 @@ TINY = [
     *("model.vit.width=18", "model.vit.depth=2", "model.vit.mlp_width=24", "tracking.enabled=false"),
     *("tracking.log_every=2", f"checkpoint.every_steps={EVERY}"),
 ]
+
+
+SWEEP = """
+name: sweep
+base: digits/joint
+space: {method: {grid: [vit, joint]}, objective.vit.kd: {loguniform: [0.1, 10], when: {method: joint}}}
+search: {samples: 2, seed: 0}
+concurrency: 1
+set:
+  data.fraction: 0.1
+  data.batch_size: 32
+  data.held_out: 0.1
+  schedule.epochs: 4
+  schedule.warmup_epochs: 0
+  schedule.eval_every: 1
+  model.vit.width: 18
+  model.vit.depth: 2
+  model.vit.mlp_width: 24
+  tracking.enabled: false
+  tracking.log_every: 2
+  checkpoint.every_steps: 3
+"""
 
 
 def start(arguments: list[str], log: Path) -> int:
@@ -111,16 +139,26 @@ def lost(run: Path, before: int) -> tuple[int, int]:
 def main() -> None:
     """Kill, compare, and write down what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--kills", type=int, default=100, help="of runs, at least")
+    parser.add_argument("--sweep-kills", type=int, default=6, help="of sweeps, at least")
+    parser.add_argument("--minutes", type=float, default=1e9, help="after which no further run or sweep is begun")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--address", help="an empty folder in an object store")
+    parser.add_argument("--moto", action="store_true", help="start such a store here")
     parser.add_argument("--out", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
+    until = time.monotonic() + 60 * given.minutes
     dice = random.Random(given.seed)
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name, moto(Path(name), started=given.moto) as address:
+        folder = Path(name)
         os.environ["BOOTVIT_CACHE"] = f"{folder}/cache"
-        report = kill_runs(Path(folder), given.address, given.kills, dice)
+        place = given.address or address
+        report = {
+            "kept_in": "an object store" if place else "a folder",
+            "runs": kill_runs(folder, place, given.kills, until, dice) if given.kills else None,
+            "sweeps": kill_sweeps(folder, place, given.sweep_kills, until, dice) if given.sweep_kills else None,
+        }
     report |= {
         "date": datetime.now(UTC).date().isoformat(),
         "commit": source_version(),
@@ -130,31 +168,79 @@ def main() -> None:
     print(json.dumps(report, indent=1))
     if given.out:
         write_json(given.out, report)
-    raise SystemExit(1 if report["wrong"] else 0)
+    raise SystemExit(any(part and part["wrong"] for part in (report["runs"], report["sweeps"])))
 
 
-def here(folder: Path, address: str | None, name: str) -> Path:
-    """A run's folder; of one in a store a copy, which a process of its own gets: forks and S3's threads do not mix."""
-    if address is None:
-        return folder / name
-    copy = folder / "copies" / name
-    shutil.rmtree(copy, ignore_errors=True)
+@contextmanager
+def moto(folder: Path, *, started: bool) -> Iterator[str | None]:
+    """The address of an empty folder on a server of moto's; None where none is to be `started`."""
+    if not started:
+        yield None
+        return
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    os.environ |= {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    os.environ["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    with (folder / "moto.log").open("w") as log:
+        server = subprocess.Popen(command, stdout=log, stderr=log)
+    try:
+        in_a_child(make_bucket)
+        yield "s3://kills/runs"
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def make_bucket() -> None:
+    import boto3
+    from botocore.exceptions import EndpointConnectionError
+
+    client = boto3.client("s3", endpoint_url=os.environ["AWS_ENDPOINT_URL"])
+    until = time.monotonic() + 120
+    while True:
+        try:
+            client.create_bucket(Bucket="kills")
+            return
+        except EndpointConnectionError:
+            assert time.monotonic() < until, "moto's server does not answer"
+            time.sleep(0.5)
+
+
+def in_a_child(act: Callable[[], None]) -> None:
+    """Do something in a process of its own: forks and S3's threads do not mix."""
     child = os.fork()
     if not child:
         status = 1
         try:
-            shutil.copytree(open_run(f"{address}/{name}", "all")[1].path, copy)
+            act()
             status = 0
-        except UserError as err:  # killed before there was a run
-            status = 0 if "no run is there" in str(err) else 1
         finally:
             os._exit(status)
-    assert os.waitpid(child, 0)[1] == 0, name
+    assert os.waitpid(child, 0)[1] == 0, act
+
+
+def here(folder: Path, address: str | None, name: str) -> Path:
+    """A run's folder; of one in a store a copy."""
+    if address is None:
+        return folder / name
+    copy = folder / "copies" / name
+    shutil.rmtree(copy, ignore_errors=True)
+
+    def get() -> None:
+        try:
+            shutil.copytree(open_run(f"{address}/{name}", "all")[1].path, copy)
+        except UserError as err:
+            if "no run is there" not in str(err):  # else it was killed before there was one
+                raise
+
+    in_a_child(get)
     return copy
 
 
-def kill_runs(folder: Path, address: str | None, kills: int, dice: random.Random) -> dict[str, Any]:
-    """Kill at least so many processes, over runs of every kind."""
+def kill_runs(folder: Path, address: str | None, kills: int, end: float, dice: random.Random) -> dict[str, Any]:
+    """Kill at least so many processes, over runs of every kind, but begin no run behind `end`."""
     names, log = list(RUNS), folder / "log"
     base = ["train", "digits/joint", "--local", f"ray.storage_path={address or folder}", *TINY]
     seconds: dict[str, float] = {}
@@ -166,7 +252,7 @@ def kill_runs(folder: Path, address: str | None, kills: int, dice: random.Random
     done = runs = 0
     steps_lost: list[int] = []
     wrong: list[str] = []
-    while done < kills:
+    while done < kills and time.monotonic() < end:
         kind = names[runs % len(names)]
         run, newest = f"killed-{runs}", 0
         while True:
@@ -195,10 +281,75 @@ def kill_runs(folder: Path, address: str | None, kills: int, dice: random.Random
         "kills": done,
         "runs": runs,
         "every_steps": EVERY,
-        "kept_in": "an object store" if address else "a folder",
-        "most_steps_lost": max(steps_lost),
+        "most_steps_lost": max(steps_lost, default=0),
         "wrong": wrong,
     }
+
+
+# --------------------------------------------------------------------------------------------------- sweeps
+
+
+def kill_sweeps(folder: Path, address: str | None, kills: int, end: float, dice: random.Random) -> dict[str, Any]:
+    """Kill at least so many drivers of sweeps, each of which is then resumed until it ends; the same."""
+    file = folder / "sweep.yaml"
+    file.write_text(SWEEP)
+    whole, seconds = finish(folder, file, address, "whole-sweep")
+    assert whole == 0, (folder / "log").read_text()[-2000:]
+    done = sweeps = 0
+    wrong: list[str] = []
+    while done < kills and time.monotonic() < end:
+        name = f"killed-sweep-{sweeps}"
+        while True:
+            status, _ = finish(folder, file, address, name, kill_after=dice.uniform(0, seconds))
+            if status is not None:
+                break
+            done += 1
+            if address and done % 2:
+                shutil.rmtree(folder / "cache", ignore_errors=True)
+        if status:
+            wrong.append(f"{name}: status {status}: {(folder / 'log').read_text()[-500:]}")
+        else:
+            wrong += [f"{name}: {what}" for what in check_sweep(folder, address, name)]
+        sweeps += 1
+    return {"kills": done, "sweeps": sweeps, "trials": 3, "wrong": wrong}
+
+
+def finish(
+    folder: Path, file: Path, address: str | None, name: str, kill_after: float | None = None
+) -> tuple[int | None, float]:
+    """Run a sweep to its end, or kill its driver after so many seconds; (its status, None if killed; seconds)."""
+    words = ["sweep", str(file), "--resume", f"name={name}", f"ray.storage_path={address or folder}"]
+    began = time.monotonic()
+    with (folder / "log").open("a") as log:
+        command = [sys.executable, "-m", "bootvit", *words]
+        driver = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+        try:
+            return driver.wait(kill_after), time.monotonic() - began
+        except subprocess.TimeoutExpired:
+            os.killpg(driver.pid, signal.SIGKILL)
+            driver.wait()
+            return None, time.monotonic() - began
+
+
+def check_sweep(folder: Path, address: str | None, name: str) -> list[str]:
+    """What is wrong with a sweep that was killed, beside the one that was not."""
+    wrong = []
+    one, other = (document(folder, address, which) for which in (name, "whole-sweep"))
+    keys = ("id", "status", "epochs", "held_out", "final", "overrides", "seed", "group")
+    rows = [[{key: trial[key] for key in keys} for trial in found["trials"]] for found in (one, other)]
+    if rows[0] != rows[1] or one["best"] != other["best"] or one["status"] != "finished":
+        wrong.append("another sweep.json")
+    for trial in (row["id"] for row in rows[1]):
+        places = (f"{name}/trials/{trial}", f"whole-sweep/trials/{trial}")
+        wrong += [f"{trial}: {what}" for what in check(*(here(folder, address, place) for place in places))]
+    return wrong
+
+
+def document(folder: Path, address: str | None, name: str) -> dict[str, Any]:
+    """sweep.json."""
+    copy = folder / "document.json"
+    in_a_child(lambda: copy.write_bytes(read_at(place_at(address or str(folder)) / name, "sweep.json") or b"") and None)
+    return dict(json.loads(copy.read_text()))
 
 
 if __name__ == "__main__":

@@ -6,16 +6,21 @@ import re
 from urllib.parse import unquote
 
 MASK = "***"
+NOBODY = "anonymous"  # as gs://anonymous@BUCKET asks without credentials
 SECRETS = {"secrets": True}  # the context of a `model_dump` that keeps them: for use, never for writing
 HARMLESS = (  # parameters of an address that are no secret; any other one's value is masked
     *("region", "scheme", "endpoint_override", "allow_bucket_creation", "allow_bucket_deletion"),
     *("tls_ca_file_path", "retry_limit_seconds", "charset", "sslmode", "driver"),
 )
-USER = re.compile(r"(?<!sqlite)(?<!file):(/+)\S*@")  # greedy: a password may itself hold @, / or #
-SPACED = re.compile(r"(?<!sqlite)(?<!file)://((?!: |; )[^'\"\n])*@")  # and blanks, within a sentence
+USER = re.compile(
+    r"(?<!sqlite)(?<!file)(?<!hf):(/++)(?!anonymous@[^@\s]*(?:\s|$))\S*@"
+)  # greedy: a password may itself hold @, / or #
+SPACED = re.compile(
+    r"(?<!sqlite)(?<!file)(?<!hf)://(?!anonymous@[^@\n'\"]*(?:['\"\n]|$))((?!: |; )[^'\"\n])*@"
+)  # and blanks, within a sentence
 NO_SCHEME = re.compile(r"(?<![^\s'\"=(])[^\s'\"=:/(@]+:(?!/)\S*@")  # user:password@host
 QUERY = re.compile(r"(?<!sqlite)(?<!file)(://[^\s'\"?]*\?)([^\s'\"]+?)(?=[:;,.)]*(?:[\s'\"]|$))")
-ADDRESS = re.compile(r"(?!sqlite:|file:)[A-Za-z][\w+.-]*:/+")
+ADDRESS = re.compile(r"(?!sqlite:|file:|hf:)[A-Za-z][\w+.-]*:/+")
 STORES = (
     "s3",
     "gs",
@@ -44,7 +49,7 @@ def public_address(address: str) -> str:
     rest = address[scheme.end() :]
     user, at, host = rest.rpartition("@")
     path, mark, query = host.partition("?")
-    shown = MASK if user else ""
+    shown = MASK if user and user != NOBODY else user
     return f"{scheme[0]}{shown}{at}{path}{mark}{_masked(query)}"
 
 
@@ -68,7 +73,7 @@ def _secrets(address: str) -> set[str]:
     user, colon, password = userinfo.partition(":")
     query = [match for match in PARAMETER.finditer(host.partition("?")[2]) if match[1] not in HARMLESS]
     found = {userinfo, password if colon else user, *(match[3] if match[2] else match[1] for match in query)}
-    return {form for secret in found for form in (secret, unquote(secret))} - {"", MASK}
+    return {form for secret in found for form in (secret, unquote(secret))} - {"", MASK, NOBODY}
 
 
 def _masked(query: str) -> str:
@@ -90,12 +95,20 @@ def is_address(place: str) -> bool:
 
 def wrong_with(address: str, source: str) -> str | None:
     """Why an address cannot be a data set's `root`, without its secrets; None if it may be one."""
-    if (wrong := wrong_address(address)) or source == "parquet":
+    wrong = wrong_on_hub(address) if address.startswith("hf:") else wrong_address(address)
+    if wrong or source == "parquet":
         return wrong
     return (
         f"data.source={source} needs a folder: from an object store Parquet files are read (data.source=parquet), "
         "which `bootvit data pack` makes of any source"
     )
+
+
+def wrong_on_hub(address: str) -> str | None:
+    """The same for a data set of the Hugging Face Hub, which has no keys in it: an `@` leads to a revision."""
+    if re.fullmatch(r"hf://datasets/[^/@?]+/[^/@?]+(@[^/?]+)?(/[^?]*)?", address):
+        return None
+    return "expected hf://datasets/OWNER/NAME or hf://datasets/OWNER/NAME@REVISION, with a folder in it or without"
 
 
 def wrong_address(address: str) -> str | None:

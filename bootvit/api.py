@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -27,12 +29,16 @@ from PIL import Image
 from torch import nn
 
 from bootvit import load
+from bootvit.addresses import is_address
 from bootvit.config import Config, Network
 from bootvit.data import DataFacts
 from bootvit.data.decode import Planes
+from bootvit.data.own import pack_own
 from bootvit.driver import train as run_training
 from bootvit.errors import UserError
 from bootvit.evaluate import EVAL_KEYS, evaluate, read_checkpoint
+from bootvit.explain.measure import Explained
+from bootvit.explain.run import IMAGES, explain
 from bootvit.learner import Networks
 from bootvit.predict import predict, predict_images
 from bootvit.result import Result, read_result
@@ -60,6 +66,7 @@ def train(
     config: str | os.PathLike[str] | Config,
     overrides: Overrides = (),
     *,
+    data: Any = None,
     local: bool = False,
     resume: bool = False,
     overwrite: bool = False,
@@ -67,14 +74,33 @@ def train(
 ) -> Run:
     """Train one run to its end, as `bootvit train` does, under Ray Train or (`local`) in this process.
 
+    `data` is a data set of your own, or two, (training, test): anything with `__len__` and `__getitem__` of (image,
+    label), and perhaps `classes`. It is written to Parquet files beside the run, so that workers and later commands
+    have it.
+
     Raises `UserError` before anything is taken, and `RunFailed` for a run that could not go on.
     """
     if isinstance(config, Config):
         checked = load.change_config(config, as_texts(overrides), ("",))
     else:
         checked = load_config(config, overrides)
+    if data is not None:
+        checked = with_data(checked, data)
     run_training(checked, local=local, resume=resume, overwrite=overwrite, take_over=take_over)
     return Run(place_of(checked))
+
+
+def with_data(config: Config, data: Any) -> Config:
+    """The config with a data set that lies in memory; its files are made anew, in NAME-data beside the run's folder."""
+    if is_address(config.ray.storage_path):
+        raise UserError(f"data=: ray.storage_path={config.ray.storage_path} is no folder; pack it: bootvit data pack")
+    out = Path(config.ray.storage_path) / f"{config.name}-data"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+        pack_own(data, Path(work) / out.name)
+        shutil.rmtree(out, ignore_errors=True)
+        (Path(work) / out.name).rename(out)
+    return load.change_config(config, ["data.source=parquet", f"data.root={out}"], ("data.",))
 
 
 def load_run(path: str | os.PathLike[str]) -> Run:
@@ -147,7 +173,7 @@ class Run:
         networks.load_state_dict(state["learner"]["networks"])
         out: dict[Network, nn.Module] = {}
         for net in self.config.networks:
-            module = networks.vit if net == "vit" else Classifier(networks, "agent")
+            module = networks.vit if net == "vit" else Classifier(self.config, networks, "agent")
             assert module is not None
             out[net] = module.eval()
         return out
@@ -161,7 +187,7 @@ class Run:
         prepared as in the evaluation. Raises `UserError` for one that cannot be read.
         """
         fetch_weights(self.folder, "best" if best else "newest")
-        given = [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
+        given = listed(images)
         if all(isinstance(one, str | os.PathLike) for one in given):
             paths = [Path(one) for one in given]  # type: ignore[arg-type]
             rows = predict(self.config, self.path, paths, top, best=best, ema=ema)
@@ -188,6 +214,24 @@ class Run:
         config = load.change_config(self.config, as_texts(data), EVAL_KEYS)
         fetch_weights(self.folder, "best" if best else "newest")
         return evaluate(config, self.folder, local=local, best=best).counts
+
+    def explain(
+        self, images: Picture | Sequence[Picture] = (), *, count: int = IMAGES, best: bool = False
+    ) -> Explained:
+        """What the run's networks have become, on pictures as `predict` takes them, or on a few of the evaluation set.
+
+        `.inside` has, as arrays: `rollout` (images, rows, cols) each patch's share in what the classifier gets,
+        `distance` (blocks, heads) in pixels, `tap_share` (blocks, heads), `cka` (blocks, blocks) and `hint` (blocks,);
+        `.over_epochs` one number a block of every checkpoint that is there, `.notes` what was left out. Raises
+        `UserError` for a run without a ViT.
+        """
+        fetch_weights(self.folder, "all")
+        return explain(self.config, self.folder, [in_memory(one) for one in listed(images)], count=count, best=best)
+
+
+def listed(images: Picture | Sequence[Picture]) -> list[Picture]:
+    """One picture or several as a list."""
+    return [images] if isinstance(images, str | os.PathLike | Image.Image | np.ndarray) else list(images)
 
 
 def in_memory(image: Picture) -> Image.Image | Planes:

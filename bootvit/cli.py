@@ -138,6 +138,7 @@ def sweep(
     resume: Annotated[bool, typer.Option("--resume", help="go on with an unfinished sweep")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="delete a sweep of this name first")] = False,
     retry_failed: Annotated[bool, typer.Option("--retry-failed", help="--resume, and run failed trials again")] = False,
+    take_over: Annotated[bool, typer.Option("--take-over", help="also from a process that runs it now")] = False,
 ) -> int:
     """Run a sweep: its own keys go to the sweep, all others to its base config.
 
@@ -147,7 +148,7 @@ def sweep(
     """
     from tune.run.driver import How, run_sweep
 
-    return run_sweep(sweep, overrides or [], How(resume, overwrite, retry_failed), dry_run=dry_run)
+    return run_sweep(sweep, overrides or [], How(resume, overwrite, retry_failed, take_over), dry_run=dry_run)
 
 
 @app.command("eval")
@@ -182,36 +183,69 @@ def evaluate(
 @app.command()
 def predict(
     run: RunName,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="image files, and folders of them")],
+    images: Annotated[
+        list[Path],
+        typer.Argument(metavar="IMAGE...", help="image files, folders of them, or -: an image, or names, on stdin"),
+    ],
     top: Annotated[int, typer.Option(min=1, help="classes an image")] = 5,
     best: Best = False,
     ema: Ema = False,
-    as_json: Json = False,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON document a line")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="a line for each class of an image and network")] = False,
 ) -> int:
     """Class names and probabilities of images; status 1 if one of them could not be read.
 
-    Example: bootvit predict digits-joint seven.png
+    Example: bootvit predict digits-joint seven.png; find . -name '*.png' | bootvit predict digits-joint - --csv
 
     Next: bootvit export digits-joint --format onnx
     """
+    import sys
+
+    from bootvit.predict import as_line, csv_lines, from_stdin
     from bootvit.predict import predict as guess
     from bootvit.runs import open_run
 
+    if as_json and as_csv:
+        raise typer.BadParameter("--json or --csv, not both", param_hint="--csv")
     config, folder = open_run(run, "best" if best else "newest")
-    rows = []
     failed = False
-    for row in guess(config, folder.path, images, top, best=best, ema=ema):
-        if as_json:
-            rows.append(row)
-        if "error" in row:
-            failed = True
-            typer.echo(f"bootvit: failed: {row['image']}: {row['error']}", err=True)
-        elif not as_json:
-            chances = "  ".join(f"{name} {100 * p:.1f}%" for name, p in row["classes"].items())
-            typer.echo(f"{row['image']}  {row['network']}: {chances}")
-    if as_json:
-        print_json(rows)
+    if as_csv:
+        typer.echo("image,network,rank,class,probability,error")
+    with from_stdin(images, sys.stdin.buffer) as given:
+        for row in guess(config, folder.path, given, top, best=best, ema=ema):
+            if "error" in row:
+                failed = True
+                typer.echo(f"bootvit: failed: {row['image']}: {row['error']}", err=True)
+            if as_json:
+                print_json(row, line=True)
+            elif as_csv:
+                typer.echo(csv_lines(row), nl=False)
+            elif "error" not in row:
+                typer.echo(as_line(row))
     return int(failed)
+
+
+@app.command()
+def explain(
+    run: RunName,
+    images: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Argument(metavar="[IMAGE]...", help="image files, and folders of them; default: a few that are fixed"),
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="images of the evaluation set, where none are given")] = 32,
+    out: Annotated[Optional[Path], typer.Option(help="folder for figures and data; default: RUN/explain")] = None,  # noqa: UP045
+    best: Best = False,
+    as_json: Json = False,
+) -> None:
+    """Look inside a run: where its ViT looks, how convolutional its heads are, how alike it and its agent are.
+
+    Example: bootvit explain digits-joint
+
+    Next: bootvit report runs/digits-joint, which shows the figures
+    """
+    from bootvit.explain.command import command
+
+    command(run, images or [], count=count, out=out, best=best, as_json=as_json)
 
 
 @app.command()
@@ -250,7 +284,7 @@ def show_config(
     Next: bootvit train CONFIG
     """
     if explain:
-        from bootvit import explain as keys
+        from bootvit.config import meanings as keys
 
         typer.echo(keys.markdown() if markdown else keys.explain(config), nl=not markdown)
         return
@@ -291,7 +325,9 @@ def report(
         typer.Argument(metavar="[FOLDER]...", help="or s3://BUCKET/FOLDER; default: ./runs"),
     ] = None,
     experiment: Annotated[Optional[str], typer.Option(help="read this MLflow experiment instead")] = None,  # noqa: UP045
-    sweep: Annotated[str | None, typer.Option(help="report a sweep: its folder, or its name below ./runs")] = None,
+    sweep: Annotated[
+        str | None, typer.Option(help="report a sweep: its folder or address, or its name below ./runs")
+    ] = None,
     out: Annotated[Optional[Path], typer.Option(help="where report.md, report.html and the plots go")] = None,  # noqa: UP045
     as_json: Json = False,
 ) -> None:
@@ -308,7 +344,7 @@ def report(
 
 @app.command("list")
 def list_runs(
-    folder: Annotated[Path, typer.Argument(metavar="[FOLDER]", help="where runs lie")] = Path("runs"),
+    folder: Annotated[str, typer.Argument(metavar="[FOLDER]", help="where runs lie, or s3://BUCKET/FOLDER")] = "runs",
     trials: Annotated[bool, typer.Option("--trials", help="the trials of sweeps too")] = False,
     as_json: Json = False,
 ) -> None:
@@ -319,8 +355,9 @@ def list_runs(
     Next: bootvit show RUN; bootvit compare RUN RUN
     """
     from bootvit import manage
+    from bootvit.storage import place_at
 
-    found = manage.list_runs(folder, trials=trials)
+    found = manage.list_runs(place_at(folder), trials=trials)
     if as_json:
         print_json([one._asdict() for one in found])
     else:
@@ -539,9 +576,15 @@ def import_reference(
 @app.command()
 def export(
     run: RunName,
-    form: Annotated[str, typer.Option("--format", metavar="timm|onnx|torchscript", help="timm writes a folder")],
+    form: Annotated[
+        str,
+        typer.Option("--format", metavar="timm|torch|onnx|pt2|torchscript", help="timm and torch write a folder"),
+    ],
     network: Annotated[Optional[str], typer.Option(metavar="vit|agent", help="default: the run's first")] = None,  # noqa: UP045
-    out: Annotated[Optional[Path], typer.Option(help="file, or folder for timm; default: RUN/export/")] = None,  # noqa: UP045
+    out: Annotated[Optional[Path], typer.Option(help="file or folder; default: in RUN/export/")] = None,  # noqa: UP045
+    convolutions: Annotated[
+        bool, typer.Option("--convolutions", help="the agent, as an ordinary CNN of Conv2d layers (torch: always)")
+    ] = False,
     best: Best = False,
     ema: Ema = False,
 ) -> None:
@@ -555,8 +598,28 @@ def export(
     from bootvit.runs import open_run
 
     config, folder = open_run(run, "best" if best else "newest")
-    made = write(config, folder.path, form, network=network, out=out, best=best, ema=ema)
+    made = write(config, folder.path, form, network=network, out=out, best=best, ema=ema, convolutions=convolutions)
     typer.echo(made if out else folder.keep_export(made))
+
+
+@app.command()
+def doctor(
+    config: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Argument(metavar="[CONFIG]", help="whose storage, tracking and devices; default: the defaults"),
+    ] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> int:
+    """Check versions, devices, storage, tracking, Ray and the clock, and say what to type; status 1 if one is wrong.
+
+    Example: bootvit doctor digits/joint ray.storage_path=/shared/runs
+
+    Next: bootvit train digits/joint --local
+    """
+    from bootvit.doctor import command
+
+    return command(config, overrides or [], as_json=as_json)
 
 
 @app.command()

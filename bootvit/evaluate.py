@@ -11,6 +11,7 @@ from bootvit.data import DataFacts, DataSplits, open_splits
 from bootvit.data.batches import EvalBatches
 from bootvit.driver import pick_device
 from bootvit.errors import UserError
+from bootvit.extensions import import_all
 from bootvit.learner import Counts, Learner, World
 from bootvit.loop import check_evaluable, of_all_workers
 from bootvit.ray_connection import start_ray
@@ -120,5 +121,6 @@ def document(counts: Counts) -> dict[str, float | int]:
 def eval_worker(job: dict[str, Any]) -> tuple[Any, ...]:
     """One worker of Ray Train."""
     config, folder = validate(Config, job["config"], "job"), found_run(place_at(job["run"]))
+    import_all(config.imports)
     fetch_weights(folder, "best" if job["best"] else "newest")
     return tuple(evaluate_here(config, folder.path, ray_world(config), best=job["best"]))

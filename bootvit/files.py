@@ -9,6 +9,8 @@ from typing import Any, BinaryIO
 
 from bootvit.errors import UserError, naming
 
+PREDICTIONS = "predictions.parquet"  # in a run's folder: see bootvit.predictions
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[BinaryIO]:

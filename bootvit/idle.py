@@ -77,6 +77,7 @@ Rule = tuple[str, Callable[[Run], bool], str]  # the beginnings of keys, when th
 RULES: tuple[Rule, ...] = (
     ("model.agent. objective.agent.", lambda r: r.config.method == "vit", "method=vit trains no agent"),
     ("model.vit.", lambda r: r.no_vit and r.cnn, "a CNN of timm mirrors no ViT"),
+    ("tracking.explain_images", lambda r: r.no_vit, "method=agent has no attention to look at"),
     (
         "model.vit.attention model.vit.norm_eps model.vit.dropout model.vit.pos_dropout model.vit.drop_path "
         "model.vit.weights "
@@ -100,7 +101,8 @@ RULES: tuple[Rule, ...] = (
     ),
     ("model.agent.stem_width", lambda r: r.config.model.agent.stem == "patch", "stem=resnet only"),
     ("model.agent.patch", lambda r: r.config.model.agent.stem == "resnet", "stem=patch only"),
-    ("data.root", lambda r: r.config.data.source in ("digits", "fake"), "the source needs no files"),
+    ("data.root", lambda r: r.config.data.source in ("digits", "dataset", "fake"), "the source needs no files"),
+    ("data.dataset", lambda r: r.config.data.source != "dataset", "data.source=dataset only"),
     ("data.fraction_rule", lambda r: r.config.data.fraction == 1, "data.fraction=1"),
     ("data.crop_padding", lambda r: r.augment != "crop", "augment is not crop"),
     ("data.flip", lambda r: r.augment == "none", "augment is none"),
@@ -149,7 +151,7 @@ RULES: tuple[Rule, ...] = (
     ),
     ("ray.cpus_per_worker ray.max_failures", lambda r: r.local, "--local"),
     (
-        "tracking.uri tracking.experiment tracking.checkpoints tracking.moments",
+        "tracking.uri tracking.experiment tracking.checkpoints tracking.moments tracking.model tracking.register",
         lambda r: not r.config.tracking.enabled,
         "tracking.enabled=false",
     ),

@@ -39,6 +39,7 @@ from bootvit.optim import (
     parameter_groups,
     put_back,
 )
+from bootvit.predictions import Answers, first_five
 
 # of weights; bf16 and fp16 are autocast
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
@@ -181,6 +182,7 @@ class Learner:
             self.networks,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
             broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # gradients are where they are reduced: no copies
             find_unused_parameters=idle and getattr(self.networks.vit, "head_dist", None) is not None,
         )
 
@@ -263,10 +265,11 @@ class Learner:
     # ------------------------------------------------------------------------------------------ evaluation
 
     @torch.no_grad()
-    def evaluate(self, batches: Iterable[Batch]) -> dict[Network, Counts]:
+    def evaluate(self, batches: Iterable[Batch], answers: Answers | None = None) -> dict[Network, Counts]:
         """Correct and total over all workers; no padding, so any batch size and worker count count the same.
 
-        Raises `RunFailed` where no image could be read, or a network's loss is no longer finite.
+        `answers` takes what the networks say of each of this worker's images. Raises `RunFailed` where no image could
+        be read, or a network's loss is no longer finite.
         """
         self.networks.eval()
         self._share_buffers()
@@ -281,6 +284,8 @@ class Learner:
                 for tally, own in zip(told, features.values(), strict=True):
                     tally.add(own.logits, batch.labels)
                 rows.add_(torch.stack([count(own.logits, batch.labels) for own in features.values()]))
+                if answers is not None and model is self.networks:
+                    answers.add(batch, {net: own.logits for net, own in features.items()})
         if self.world.size > 1:
             dist.all_reduce(counts)
         last, *averaged = [[Counts.of(row) for row in rows] for rows in counts.tolist()]
@@ -384,8 +389,7 @@ def count(logits: Tensor, labels: Tensor) -> Tensor:
     One logit that is not finite makes the cross entropy nan.
     """
     logits = logits.double()
-    top = logits.topk(min(5, logits.shape[1]), dim=1).indices  # (batch, 5)
-    hit = top == labels[:, None]
+    hit = first_five(logits) == labels[:, None]
     loss = torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
     loss = torch.where(logits.isfinite().all(), loss, torch.nan)
     total = torch.tensor(len(labels), device=logits.device)

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 from bootvit.addresses import public_address, wrong_address, wrong_with
 from bootvit.config import Config, flatten, override, place_of, read_config, validate, whole, with_overrides
 from bootvit.errors import UserError
+from bootvit.extensions import beside, import_all, named
 from bootvit.models.checks import check_models
 
 # a folder may be named with a colon, but what begins so is meant as an address
@@ -35,6 +36,9 @@ def make_config(data: dict[str, Any], origin: str, origins: dict[str, str] | Non
     except (OSError, RuntimeError, ValueError) as err:  # a home that nobody has, a loop of links, a NUL byte
         raise UserError(f"{origin}: a path in it cannot be resolved: {err}") from err
     try:
+        import_all(config.imports)
+        for function in config.on_epoch:
+            named("on_epoch", function)
         check_models(config)
     except UserError as err:
         raise UserError(f"{origin}: {err}") from err
@@ -46,6 +50,8 @@ def absolute(config: Config) -> Config:
     places: dict[str, Any] = {"ray": {"storage_path": _place(config.ray.storage_path)}}
     if config.data.root is not None:
         places["data"] = {"root": _place(config.data.root)}
+    if config.imports:
+        places["imports"] = [beside(given, Path()) for given in config.imports]
     weights = {
         net: {"weights": _place(given)}
         for net, given in (("vit", config.model.vit.weights), ("agent", config.model.agent.weights))

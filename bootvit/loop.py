@@ -8,7 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, TypeVar
 
+import pyarrow as pa
 import torch.distributed as dist
+from torch import Tensor
 
 from bootvit import checkpoint
 from bootvit.asks import Agreement, Ask, Asked, deferring_signals, nothing
@@ -18,12 +20,16 @@ from bootvit.data import DataFacts, DataSplits, facts_of, open_splits
 from bootvit.data.batches import EvalBatches, TrainBatches
 from bootvit.data.fractions import Subset
 from bootvit.errors import RunFailed, UserError
+from bootvit.explain.measure import batches_of, few, look_inside, pixels_of, records_of
+from bootvit.extensions import named
 from bootvit.learner import Counts, Learner, World
-from bootvit.meter import Meter
+from bootvit.meter import Meter, name_of
 from bootvit.objective import class_weights
+from bootvit.predictions import Answers, write_predictions
 from bootvit.result import Accuracy, Best, EpochReport, Result, new_result
 from bootvit.runs import RunFolder
 from bootvit.tracking import Journal, Record, read_journal
+from bootvit.tracking.machine import Machine
 from bootvit.weights import warm_start
 
 NAMED = 20  # broken images that result.json names; it counts all
@@ -111,10 +117,13 @@ class Training:
         self.total = total_steps(config, self.batches.steps_per_epoch)
         self.journal, self.told = self._open_journal()
         self.meter = Meter(self.learner)
+        self.machine = Machine(world.device)
         self.agreement = Agreement(world.size)
         self.writer = Writer(folder.checkpoints, config.checkpoint, folder.check_lease)
         self.scores: dict[str, Scores] = {}
         self.given_up = self._gives_up({})
+        self.answers: dict[str, Answers] = {}  # the last evaluation's, by split
+        self.looked_at: Tensor | None = None
 
     # ------------------------------------------------------------------------------------------ going on
 
@@ -206,7 +215,8 @@ class Training:
     def _write_terms(self) -> None:
         with self._telling_what_is_left():
             terms = self.meter.take()
-        self._write(terms, self.at.epoch - (self.at.batch == 0))
+        load = self.machine.load() if self.config.tracking.system and self.world.rank == 0 else {}
+        self._write(terms | load, self.at.epoch - (self.at.batch == 0))
 
     @contextmanager
     def _telling_what_is_left(self) -> Iterator[None]:
@@ -223,22 +233,34 @@ class Training:
         """Evaluate where that is due, and tell of the epoch in the journal, once its checkpoint is on disk."""
         at, last = self.at, self.at.step >= self.total
         metrics: dict[str, float] = {}
+        inside: dict[str, float] = {}
         if last or at.epoch % self.config.schedule.eval_every == 0:
             with self._telling_what_is_left():
                 self.scores = self._evaluate(last)
                 self.given_up = not last and self._gives_up(metrics_of(self.scores))
                 if self.given_up:
                     last = True
-                    self.scores |= self._evaluate(last, held_out=False)
-            metrics = metrics_of(self.scores)
+                    self.scores = self._evaluate(last)
+            metrics, inside = metrics_of(self.scores), self._look_inside()
         self._count_seconds()
         self.writer.wait()
         skipped = {"data/skipped": float(len(at.skipped))} if at.skipped else {}
         if metrics and self.world.rank == 0:
             name = best_metric(self.config, metrics)
             self.writer.note_best(at.step, name, metrics[name])
-        self._write(metrics | skipped | {"epoch": float(at.epoch)}, at.epoch - 1)
-        return EpochReport(at.epoch, at.step, metrics, last)
+        self._write(metrics | inside | skipped | {"epoch": float(at.epoch)}, at.epoch - 1)
+        report = EpochReport(at.epoch, at.step, metrics, last)
+        if self.world.rank == 0:
+            self._call_back(report)
+        return report
+
+    def _call_back(self, report: EpochReport) -> None:
+        """The user's own functions; what one raises ends the run as failed."""
+        for given in self.config.on_epoch:
+            try:
+                named("on_epoch", given)(self.config, report)
+            except Exception as err:
+                raise RunFailed(f"on_epoch={given}: {type(err).__name__}: {err}{what_is_left(self.folder)}") from err
 
     def _gives_up(self, metrics: dict[str, float]) -> bool:
         """Whether, after an evaluation that is not in the journal yet, `schedule.patience` is at its end.
@@ -253,23 +275,32 @@ class Training:
         values = [r.value for r in records if r.name == name] + [v for key, v in metrics.items() if key == name]
         return from_rank_0(bool(values) and len(values) - 1 - values.index(max(values)) >= patience, self.world)
 
-    def _evaluate(self, last: bool, *, held_out: bool = True) -> dict[str, Scores]:
-        """Counts on the held-out part, unless it is left out, and, where `test` allows it now, on the test set."""
+    def _evaluate(self, last: bool) -> dict[str, Scores]:
+        """Counts on the held-out part and, where `test` allows it now, on the test set."""
         config, splits, world = self.config, self.splits, self.world
         now = self.test != "never" and (last or (self.test == "auto" and splits.held_out is None))
-        wanted: dict[str, Subset | None] = {
-            "held_out": splits.held_out if held_out else None,
-            "test": splits.test if now else None,
-        }
+        wanted: dict[str, Subset | None] = {"held_out": splits.held_out, "test": splits.test if now else None}
         scores: dict[str, Scores] = {}
         for name, subset in wanted.items():
             if subset is None:
                 continue
             prepared = self.facts.preparation
             batches = EvalBatches(subset, config, prepared, rank=world.rank, world=world.size, device=world.device)
-            scores[name] = self.learner.evaluate(batches)
+            if last:
+                self.answers[name] = Answers()
+            scores[name] = self.learner.evaluate(batches, self.answers.get(name))
             self.at.add_skipped(batches.broken, config.data, world)
         return scores
+
+    def _look_inside(self) -> dict[str, float]:
+        """What `tracking.explain_images` asks for, on rank 0, always of the same images."""
+        config, world = self.config, self.world
+        count = config.tracking.explain_images
+        if not count or world.rank > 0 or "vit" not in config.networks:
+            return {}
+        if self.looked_at is None:
+            self.looked_at = pixels_of(config, few(self.splits, count), self.facts.preparation)[0].to(world.device)
+        return records_of(look_inside(self.learner.networks, batches_of(self.looked_at)))
 
     def _write(self, metrics: dict[str, float], epoch: int) -> None:
         """Append records of one moment, if this process may."""
@@ -302,11 +333,25 @@ class Training:
                 "gpu_seconds": round(at.seconds * world.size, 3) if world.device.type == "cuda" else 0.0,
                 "skipped": len(at.skipped),
                 "skipped_images": [f"{where}: {reason}" for where, reason in sorted(at.skipped.items())][:NAMED],
+                "images": {name: len(part) for name, part in self._parts().items() if part is not None},
+                "machine": f"{world.size} x {name_of(world.device)}",
             }
         )
+        told = [self._told(name, answers) for name, answers in self.answers.items()]
         if world.rank == 0:
+            self.folder.check_lease()
+            write_predictions(told, self.splits.classes, self.folder.predictions)
             self.folder.write_result(result)
         return result
+
+    def _parts(self) -> dict[str, Subset | None]:
+        return {"train": self.splits.train, "held_out": self.splits.held_out, "test": self.splits.test}
+
+    def _told(self, split: str, answers: Answers) -> pa.Table | None:
+        """What was answered of a split, on rank 0."""
+        subset = self._parts()[split]
+        assert subset is not None
+        return answers.table(split, subset, self.world.rank, self.world.size)
 
 
 # ----------------------------------------------------------------------------------------- among the workers

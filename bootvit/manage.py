@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,8 +15,9 @@ from bootvit import checkpoint
 from bootvit.errors import UserError
 from bootvit.files import read_json
 from bootvit.heartbeat import beat_of, check_nobody_writes, is_running
-from bootvit.report.rows import RUN_FILES, RunRow, read_run
+from bootvit.report.rows import RUN_FILES, RunRow, read_run, read_run_in_store
 from bootvit.runs import open_run
+from bootvit.storage import AT_ONCE, Place, Store
 
 SWEEP = "sweep.json"  # in the folder of a sweep
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -33,17 +36,46 @@ class Listed(NamedTuple):
     age: float  # seconds since it last wrote anything
 
 
-def list_runs(folder: Path, *, trials: bool = False) -> list[Listed]:
+def list_runs(folder: Place, *, trials: bool = False) -> list[Listed]:
     """The runs and sweeps below a folder, the newest last; with `trials` those of sweeps too.
 
     Raises `UserError` for a folder that is not there, or holds no runs.
     """
+    if isinstance(folder, Store):
+        return _list_store(folder, trials=trials)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; train first, such as: bootvit train digits/joint")
-    found = [_listed(path, folder) for path in _places(folder, trials)]
-    if not found:
+    return _in_order((_listed(path, folder) for path in _places(folder, trials)), folder)
+
+
+def _in_order(found: Iterable[Listed], folder: Place) -> list[Listed]:
+    there = sorted(found, key=lambda one: -one.age)
+    if not there:
         raise UserError(f"{folder}: no runs there; train first, such as: bootvit train digits/joint")
-    return sorted(found, key=lambda one: -one.age)
+    return there
+
+
+def _list_store(top: Store, *, trials: bool) -> list[Listed]:
+    changed: dict[str, float] = {}  # of runs and sweeps, the newest of the objects that lie directly in them
+    sweeps, runs = set(), set()
+    for item in top.list(deep=True):
+        place, _, name = item.name.rpartition("/")
+        if not item.is_folder:
+            changed[place] = max(changed.get(place, 0.0), (item.changed or 0) / 1e9)
+            sweeps |= {place} if name == SWEEP else set()
+            runs |= {place} if name == "config.yaml" else set()
+    if not trials:
+        runs = {run for run in runs if not any(run.startswith(f"{sweep}/".lstrip("/")) for sweep in sweeps)}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        rows = list(pool.map(lambda place: _listed_in_store(top, place, place in sweeps), sorted(sweeps | runs)))
+    return _in_order((row._replace(age=time.time() - changed[row.name]) for row in rows), top)
+
+
+def _listed_in_store(top: Store, place: str, sweep: bool) -> Listed:
+    store = top / place if place else top
+    if sweep:
+        return _of_sweep(place, json.loads(store.read(SWEEP) or b"{}"), 0.0)
+    return _of_run(place, read_run_in_store(store), store, 0.0)
 
 
 def _places(top: Path, trials: bool) -> Iterator[Path]:
@@ -60,17 +92,23 @@ def _listed(path: Path, top: Path) -> Listed:
     name = str(path.relative_to(top)) if path != top else path.name
     age = time.time() - max((f.stat().st_mtime for f in path.iterdir() if f.is_file()), default=0)
     if (path / SWEEP).exists():
-        document = read_json(path / SWEEP)
-        counts = ", ".join(f"{count} {status}" for status, count in document.get("counts", {}).items() if count)
-        status = document["status"] + (f" ({counts})" if counts else "")
-        return Listed(name, "sweep", "", None, status, {}, {}, age)
-    row = read_run(path)
-    return Listed(name, row.method, row.data, row.fraction, _status(row), row.test, row.held_out, age)
+        return _of_sweep(name, read_json(path / SWEEP), age)
+    return _of_run(name, read_run(path), path, age)
 
 
-def _status(row: RunRow) -> str:
+def _of_sweep(name: str, document: dict[str, Any], age: float) -> Listed:
+    counts = ", ".join(f"{count} {status}" for status, count in document.get("counts", {}).items() if count)
+    status = document["status"] + (f" ({counts})" if counts else "")
+    return Listed(name, "sweep", "", None, status, {}, {}, age)
+
+
+def _of_run(name: str, row: RunRow, place: Place, age: float) -> Listed:
+    return Listed(name, row.method, row.data, row.fraction, _status(row, place), row.test, row.held_out, age)
+
+
+def _status(row: RunRow, place: Place) -> str:
     """That of its result; without one, whether the process that trains it seems to be alive."""
-    beat = beat_of(Path(row.place)) if row.status == "unfinished" else None
+    beat = beat_of(place) if row.status == "unfinished" else None
     if beat is None:
         return row.status
     if beat["host"] != socket.gethostname():
@@ -121,13 +159,14 @@ def in_short(value: Any) -> str:
 
 def show_run(name: str) -> dict[str, Any]:
     """What a run is and how it went; accuracies are top-1 in percent by network."""
-    path = open_run(name)[1].path
+    folder = open_run(name)[1]
+    path = folder.path
     row = read_run(path)
     saved = checkpoint.described(path / "checkpoints")
     result = read_json(path / "result.json") if (path / "result.json").exists() else {}
     return {
-        "folder": str(path),
-        "status": _status(row) + (f": {row.reason}" if row.reason else ""),
+        "folder": str(folder),
+        "status": _status(row, folder.place) + (f": {row.reason}" if row.reason else ""),
         "method": row.method,
         "data": row.data,
         "fraction": row.fraction,

@@ -1,9 +1,12 @@
-"""The loss terms of training steps, on their way to the journal."""
+"""The loss terms of training steps, on their way to the journal; and on what they are computed."""
 
 from __future__ import annotations
 
 import math
+import platform
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -51,3 +54,15 @@ class Meter:
         metrics["train/images_per_second"] = self._images / max(now - self._since, 1e-9)
         self._rows, self._steps, self._images, self._since = [], [], 0, now
         return metrics
+
+
+def name_of(device: torch.device) -> str:
+    """What a device is called, for people: `NVIDIA H100`; a processor with the threads that are used of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    with suppress(OSError):  # Linux only
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), name)
+    threads = torch.get_num_threads()
+    return f"{name}, {threads} thread{'' if threads == 1 else 's'}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from bootvit import checkpoint
 from bootvit.checkpoint import Saved
 from bootvit.errors import RunFailed, UserError
-from bootvit.files import read_json, write_json
+from bootvit.files import PREDICTIONS, read_json, write_json
 from bootvit.remote import Head, Hold, TakenOver, entry, entry_name, object_name, object_of
 from bootvit.storage import Store
 
@@ -41,14 +41,24 @@ class Mirror:
         self._began = self._last = self._logs = time.monotonic()
         self._warned = False
         self.taken: TakenOver | None = None
+        self._lock = threading.Lock()  # held while something is sent
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._work, name="mirror", daemon=True)
         self._thread.start()
 
+    def flush(self) -> None:
+        """Send all that is complete now, before somebody is told of it; `RunFailed` if the store does not take it."""
+        if (failed := self._send_rest()) is not None:
+            raise failed
+
     def close(self) -> RunFailed | None:
-        """Send the rest, for `END_S` seconds at most while the store fails; what has come between, if anything."""
+        """Send the rest, and end; what has come between, if anything."""
         self._end.set()
         self._thread.join()
+        return self._send_rest()
+
+    def _send_rest(self) -> RunFailed | None:
+        """Send it, for `END_S` seconds at most while the store fails."""
         until = time.monotonic() + END_S
         while (failed := self._attempt(whole=True)) is not None and time.monotonic() < until and self.taken is None:
             time.sleep(LOOK_S)
@@ -66,6 +76,10 @@ class Mirror:
 
     def _attempt(self, *, whole: bool) -> Exception | None:
         """One look at the folder; what has failed, which the next one tries again."""
+        with self._lock:
+            return self._look(whole=whole)
+
+    def _look(self, *, whole: bool) -> Exception | None:
         try:
             if self._hold is not None:
                 self._send(self._hold, whole=whole)
@@ -110,6 +124,7 @@ class Mirror:
         self._put_changed("mlflow.json")
         if whole:
             hold.check()
+            self._put_changed(PREDICTIONS)
             self._put_changed("result.json")
 
     def _due(self, since: float) -> bool:
@@ -171,7 +186,7 @@ class Mirror:
 
 
 @contextmanager
-def mirrored(store: Store, path: Path, hold: Hold | None, known: Head | None = None) -> Iterator[None]:
+def mirrored(store: Store, path: Path, hold: Hold | None, known: Head | None = None) -> Iterator[Mirror]:
     """Send a folder while this is entered; at the end all of it, or `RunFailed`, which says where it lies."""
     mirror = Mirror(store, path, hold, known)
 
@@ -182,7 +197,7 @@ def mirrored(store: Store, path: Path, hold: Hold | None, known: Head | None = N
         return failed
 
     try:
-        yield
+        yield mirror
     except BaseException:
         if (failed := close()) is not None and mirror.taken is None:
             print(f"bootvit: warning: {failed}", file=sys.stderr, flush=True)

@@ -17,12 +17,13 @@ READER_GONE = 141  # 128 + SIGPIPE: what a shell reports of a tool whose reader 
 ENCODING_ERRORS = "bootvit-as-it-can"
 
 
-def print_json(document: Any) -> None:
-    """One JSON document. JSON has no nan and no infinities: they become null. NumPy's and torch's scalars are numbers.
+def print_json(document: Any, *, line: bool = False) -> None:
+    """One JSON document, indented or in one `line`.
 
+    JSON has no nan and no infinities: they become null. NumPy's and torch's scalars are numbers.
     A name that is not UTF-8 keeps its bytes as escaped surrogates, from which Python gets them back.
     """
-    print(json.dumps(_plain(document), indent=2, allow_nan=False))
+    print(json.dumps(_plain(document), indent=None if line else 2, allow_nan=False), flush=line)
 
 
 def _plain(value: Any) -> Any:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import csv
 import io
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import pyarrow as pa
 import torch
+from PIL import Image
 
 from bootvit.config import Config, override
 from bootvit.data import DataFacts, ImageTable, Subset
@@ -26,6 +30,8 @@ from bootvit.evaluate import read_checkpoint
 from bootvit.learner import Learner, World
 
 Row = dict[str, Any]
+STDIN = "-"
+HELD = "bootvit-image-of-stdin"  # the file that holds one
 
 
 def predict(
@@ -37,10 +43,57 @@ def predict(
     {"image", "error"} for one that cannot be read. Raises `UserError` for a path that is not there.
     """
     paths = [path for given in images for path in files_of(given)]
-    names = [printable(path) for path in paths]
+    names = [STDIN if path.name == HELD else printable(path) for path in paths]
     yield from answers(
         config, run_dir, lambda facts: of_files(paths, facts, reading_of(config.data)), names, top, best=best, ema=ema
     )
+
+
+@contextmanager
+def from_stdin(images: Sequence[Path], stdin: BinaryIO) -> Iterator[list[Path]]:
+    """The same images, `-` replaced: by the image that stdin is, or by the files and folders that its lines name."""
+    if Path(STDIN) not in images:
+        yield list(images)
+        return
+    data = stdin.read()
+    with tempfile.TemporaryDirectory() as folder:
+        held = Path(folder) / HELD
+        if is_image(data):
+            held.write_bytes(data)
+            read = [held]
+        else:
+            read = [Path(os.fsdecode(line)) for line in data.splitlines() if line.strip()]
+        if not read:
+            raise UserError("-: neither an image nor names of images are on standard input")
+        at = list(images).index(Path(STDIN))
+        yield [*images[:at], *read, *images[at + 1 :]]
+
+
+def is_image(data: bytes) -> bool:
+    """Whether Pillow knows the format."""
+    try:
+        with Image.open(io.BytesIO(data)):
+            return True
+    except Exception:  # its formats raise errors of any kind
+        return False
+
+
+def as_line(row: Row) -> str:
+    """One row for people."""
+    chances = "  ".join(f"{name} {100 * p:.1f}%" for name, p in row["classes"].items())
+    return f"{row['image']}  {row['network']}: {chances}"
+
+
+def csv_lines(row: Row) -> str:
+    """One row as lines of image, network, rank, class, probability, error."""
+    out = io.StringIO()
+    writer = csv.writer(out, lineterminator="\n")
+    if "error" in row:
+        writer.writerow([row["image"], "", "", "", "", row["error"]])
+    else:
+        for rank, (name, chance) in enumerate(row["classes"].items(), 1):
+            writer.writerow([row["image"], row["network"], rank, name, chance, ""])
+    return out.getvalue()
 
 
 def predict_images(

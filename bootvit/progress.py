@@ -18,7 +18,7 @@ from bootvit.runs import RunFolder, place_of
 from bootvit.tracking import Record, read_journal
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, Group
 
 
 def follow_progress(
@@ -58,8 +58,8 @@ def opening(config: Config, splits: DataSplits, device: torch.device | None) -> 
     return (
         f"{config.name}: method {config.method}, {parameters / 1e6:.2f} M parameters, {gflops:.3g} GFLOPs an image, "
         f"{where}\n"
-        f"{', '.join(images)} images of {len(splits.classes)} classes at {rows}x{cols}; {epochs} epochs, {steps} steps "
-        f"of {config.data.batch_size}\n"
+        f"{', '.join(images)} images of {len(splits.classes)} classes at {rows}x{cols}\n"
+        f"{epochs} epochs, {steps} steps of {config.data.batch_size}\n"
         f"folder: {place_of(config)}"
     )
 
@@ -69,7 +69,9 @@ def what_next(config: Config) -> str:
     place = place_of(config)
     below = Path("runs").resolve() / config.name
     run = config.name if place == below else place
-    return f"next: bootvit eval {run} --local | bootvit predict {run} IMAGE | bootvit show {run}"
+    look = "explain" if "vit" in config.networks else "show"
+    commands = (f"eval {run} --local", f"predict {run} IMAGE", f"{look} {run}")
+    return "next: " + "\n      ".join(f"bootvit {command}" for command in commands)
 
 
 def scores(values: dict[str, float], names: tuple[str, ...]) -> str:
@@ -174,33 +176,43 @@ class _Lines:
 
 
 class _Bar:
-    """A live bar of the steps, with losses, rate, images/s and the time left; evaluations stay above it, as lines."""
+    """A live bar of the steps with the time that the run will take, and below it where the epoch stands, with speed,
+    losses and rate, on as many lines as they need; evaluations stay above, as lines."""
 
     def __init__(self, config: Config, steps: int, console: Console | None = None) -> None:
+        from rich.live import Live
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
         from rich.table import Column
 
-        self.config = config
+        self.config, self.steps = config, steps
         self.values: dict[str, float] = {}
+        name = Column(max_width=24, no_wrap=True, overflow="ellipsis")
         self.bar = Progress(
-            TextColumn(
-                "[bold]{task.description}", table_column=Column(max_width=20, no_wrap=True, overflow="ellipsis")
-            ),
-            BarColumn(bar_width=16),
+            TextColumn("[bold]{task.description}", table_column=name),
+            BarColumn(bar_width=None),
             MofNCompleteColumn(),
             TimeRemainingColumn(compact=True),
-            TextColumn("{task.fields[text]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+            TextColumn("left"),
             expand=True,
             console=console,
         )
-        self.task = self.bar.add_task(config.name, total=steps, text="")
+        self.task = self.bar.add_task(config.name, total=steps)
+        self.live = Live(self, console=self.bar.console, refresh_per_second=4)
 
     def __enter__(self) -> _Bar:
-        self.bar.start()
+        self.live.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.bar.stop()
+        self.live.stop()
+
+    def __rich__(self) -> Group:
+        from rich.console import Group
+        from rich.text import Text
+
+        return Group(
+            self.bar, Text("  ".join(filter(None, [self._epoch(), running(self.values, self.config.networks)])))
+        )
 
     def show(self, records: list[Record]) -> None:
         """Move to the newest step; an epoch that was evaluated becomes a line above."""
@@ -209,10 +221,27 @@ class _Bar:
             if record.name == "epoch":
                 self._line(record)
         if records:
-            self.bar.update(self.task, completed=records[-1].step, text=running(self.values, self.config.networks))
+            self.bar.update(self.task, completed=records[-1].step)
+
+    def _epoch(self) -> str:
+        """`epoch 18/25, 0:03 left`; the time is not known before two looks at the journal."""
+        task, epochs = self.bar.tasks[0], self.config.schedule.epochs
+        long = max(1, round(self.steps / epochs))
+        done = int(task.completed)
+        epoch = min(done // long + 1, epochs)
+        left = min(epoch * long, self.steps) - done
+        time_left = f", {clock(left / task.speed)} left" if task.speed and done < self.steps else ""
+        return f"epoch {epoch}/{epochs}{time_left}"
 
     def _line(self, end: Record) -> None:
         text = scores(self.values, self.config.networks)
         if text:
-            self.bar.console.print(f"epoch {end.epoch + 1}/{self.config.schedule.epochs}  {text}", highlight=False)
+            self.live.console.print(f"epoch {end.epoch + 1}/{self.config.schedule.epochs}  {text}", highlight=False)
         self.values = without_scores(self.values)
+
+
+def clock(seconds: float) -> str:
+    """`0:03`, `12:40`, `1:02:03`."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

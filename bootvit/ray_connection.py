@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from bootvit.asks import raise_on_sigterm
 from bootvit.config import Config
-from bootvit.errors import UserError
+from bootvit.errors import RunFailed, UserError
 
 CONNECT_S = 5.0  # to the first answer of the cluster's head
 RIGHT = "give host:port of the cluster's head, such as 10.0.0.1:6379, or unset it to start a local Ray"
@@ -154,8 +154,24 @@ def connect_ray(cpus: float) -> None:
             ray.init(**quiet)
     else:
         cpus = max(os.cpu_count() or 1, math.ceil(cpus))
-        ray.init(address="local", num_cpus=cpus, include_dashboard=False, _temp_dir=session_folder(), **quiet)
+        _start_here({"num_cpus": cpus, "_temp_dir": session_folder(), **quiet})
     raise_on_sigterm()  # Ray has put its own handler there
+
+
+def _start_here(how: dict[str, Any]) -> None:
+    """Start a local Ray. Its own patience with a busy machine is half a minute, so it gets a second one."""
+    import ray
+
+    for last in (False, True):
+        try:
+            ray.init(address="local", include_dashboard=False, **how)
+            return
+        except Exception as err:  # Ray raises it without a kind of its own
+            if "timed out during startup" not in str(err):
+                raise
+            ray.shutdown()
+            if last:
+                raise RunFailed("Ray did not start within a minute: this machine is too busy; try again") from None
 
 
 def start_ray(config: Config) -> None:

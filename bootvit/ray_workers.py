@@ -16,6 +16,7 @@ from bootvit.addresses import is_address
 from bootvit.asks import on_signals, say_stopping
 from bootvit.config import Config, validate, whole
 from bootvit.errors import RunFailed, UserError
+from bootvit.extensions import import_all
 from bootvit.result import EpochReport, Result
 
 if TYPE_CHECKING:
@@ -58,14 +59,17 @@ def run_under_ray(config: Config, folder: RunFolder) -> Result:
     return result
 
 
-def worker_job(config: Config, folder: RunFolder, coordinator: Any, test: TestUse = "auto") -> dict[str, Any]:
-    """What `train_worker` is given."""
+def worker_job(
+    config: Config, folder: RunFolder, coordinator: Any, test: TestUse = "auto", *, sent_first: bool = False
+) -> dict[str, Any]:
+    """What `train_worker` is given; `sent_first`: what it reports of a run in a store is there before."""
     return {
         "config": whole(config),
         "folder": str(folder.path),
         "lease": folder.lease,
         "hold": None if folder.hold is None else folder.hold.told(),
         "test": test,
+        "sent_first": sent_first,
         "coordinator": coordinator,
     }
 
@@ -200,10 +204,13 @@ def train_worker(job: dict[str, Any]) -> Result | None:
     from bootvit.worker_log import worker_log
 
     config = validate(Config, job["config"], "job")
+    import_all(config.imports)
     world, coordinator = ray_world(config), job["coordinator"]
 
     def tell(report: EpochReport) -> None:
         print(f"epoch {report.epoch}, step {report.step}", flush=True)  # to this worker's log
+        if world.rank == 0 and job["sent_first"]:
+            flush()
         if world.rank == 0:
             coordinator.report.remote(report)
         ray.train.report({"epoch": report.epoch, "step": report.step})
@@ -214,7 +221,7 @@ def train_worker(job: dict[str, Any]) -> Result | None:
     folder = given.for_this_group() if world.rank == 0 else given.for_other_worker()
     watch = Watch(coordinator)
     try:
-        with folder.sent(), worker_log(folder, world):
+        with folder.sent() as flush, worker_log(folder, world):
             return fit(config, world, folder, test=job["test"], on_epoch=tell, asked=watch.asked)
     except KeyboardInterrupt:
         return None

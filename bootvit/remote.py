@@ -21,21 +21,24 @@ import shutil
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from bootvit import checkpoint
 from bootvit.checkpoint import Saved
 from bootvit.data.cache import cache_folder
 from bootvit.errors import RunFailed, UserError
-from bootvit.files import read_json, replacing, write_atomic, write_json
+from bootvit.files import PREDICTIONS, read_json, replacing, write_atomic, write_json
 from bootvit.storage import Store
 
 FOLLOW_S = 2.0  # seconds between two looks of a driver at the log of its workers
-DOCUMENTS = ("config.yaml", "result.json", "mlflow.json")
+PATIENCE_S = 120.0  # with a store that fails, where nothing can go on without it
+T = TypeVar("T")
+DOCUMENTS = ("config.yaml", "result.json", "mlflow.json", PREDICTIONS)
 
 
 # ------------------------------------------------------------------------------------------------- leases
@@ -43,6 +46,20 @@ DOCUMENTS = ("config.yaml", "result.json", "mlflow.json")
 
 class TakenOver(RunFailed):
     """Another process writes to the run now."""
+
+
+def insist(act: Callable[[], T]) -> T:
+    """What `act` returns, called again while the store fails; `RunFailed` once it has failed for `PATIENCE_S`."""
+    until = time.monotonic() + PATIENCE_S
+    while True:
+        try:
+            return act()
+        except TakenOver:
+            raise
+        except RunFailed:
+            if time.monotonic() > until:
+                raise
+            time.sleep(1.0)
 
 
 @dataclass
@@ -153,8 +170,8 @@ def entry(head: Head, lines: bytes) -> bytes:
     return json.dumps(head._asdict()).encode() + b"\n" + lines
 
 
-def read_log(store: Store) -> Log:
-    """All that the newest lease with an entry says."""
+def read_log(store: Store, newest: int | None = None) -> Log:
+    """All that the newest lease with an entry says; `newest` is the newest lease, where that is known."""
     for _ in range(3):
         listed = [item.name.split(".")[0].split("-") for item in store.list("log")]
         known = [(int(lease), int(number)) for lease, number in listed]
@@ -164,7 +181,7 @@ def read_log(store: Store) -> Log:
         if all(data is not None for data in found):  # else a newer lease has cleared them away
             for data in found:
                 log.add(data or b"")
-            follow(log, store, newest_lease(store))
+            follow(log, store, newest_lease(store) if newest is None else newest)
             return log
     raise RunFailed(f"{store}: its log has changed three times while it was read")
 
@@ -271,9 +288,9 @@ def fill(store: Store, path: Path) -> None:
     lay_out(read_log(store), path)
 
 
-def fetch_logs(store: Store, path: Path) -> None:
-    """Get what the workers have said."""
-    names = [f"logs/{item.name}" for item in store.list("logs", deep=True) if not item.is_folder]
+def fetch_folder(store: Store, path: Path, folder: str) -> None:
+    """Get small files: what the workers have said (`logs`), what `bootvit explain` has left (`explain`)."""
+    names = [f"{folder}/{item.name}" for item in store.list(folder, deep=True) if not item.is_folder]
     for name, data in zip(names, store.read_all(names), strict=True):
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data or b"")

@@ -51,6 +51,8 @@ class Result(TypedDict):
     subset_digest: str  # of the training images that were used
     skipped: int  # broken images left out
     skipped_images: list[str]  # the first of them, with the reason
+    images: dict[str, int] | None  # how many are in use: train, held_out, test
+    machine: str | None  # on which it was trained: `4 x NVIDIA H100`
     git: str | None
     mlflow_run_id: str | None
 
@@ -79,6 +81,8 @@ def new_result(
         "subset_digest": digest,
         "skipped": 0,
         "skipped_images": [],
+        "images": None,
+        "machine": None,
         "git": None,
         "mlflow_run_id": None,
     }

@@ -6,7 +6,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,16 +17,18 @@ from bootvit.addresses import is_address
 from bootvit.config import Config, dump_config, flatten, parse_yaml
 from bootvit.data.facts import DataFacts
 from bootvit.errors import RunFailed, UserError
-from bootvit.files import read_json, remove_parts, write_atomic, write_json
+from bootvit.files import PREDICTIONS, read_json, remove_parts, write_atomic, write_json
 from bootvit.load import load_config, make_config
 from bootvit.mirror import mirrored
 from bootvit.remote import Hold, TakenOver
 from bootvit.result import Result, read_result
 from bootvit.storage import Place, Store, place_at, read_at
-from bootvit.tracking.artifacts import chosen
+from bootvit.tracking.artifacts import needed
 
 # what may differ between a run and its resumption: where and how fast it runs, not what it computes
 FREE_ON_RESUME = (
+    "imports",
+    "on_epoch",
     "name",
     "ray.",
     "tracking.",
@@ -85,6 +87,11 @@ class RunFolder:
         return self.path / "checkpoints"
 
     @property
+    def predictions(self) -> Path:
+        """What the last evaluation has answered, image by image."""
+        return self.path / PREDICTIONS
+
+    @property
     def result(self) -> Path:
         """Written at the end."""
         return self.path / "result.json"
@@ -126,7 +133,7 @@ class RunFolder:
     def fetch_artifacts(self, config: Config) -> None:
         """Get the checkpoints that the driver of a run in a store sends to MLflow."""
         if self.store is not None:
-            for saved in chosen(config, self.path):
+            for saved in needed(config, self.path):
                 remote.fetch(self.store, saved)
 
     def for_other_worker(self) -> RunFolder:
@@ -137,13 +144,14 @@ class RunFolder:
         return replace(self, path=remote.bare_scratch(self.store, config), lease=None, hold=None)
 
     @contextmanager
-    def sent(self) -> Iterator[None]:
+    def sent(self) -> Iterator[Callable[[], None]]:
         """For the process that trains: a run in a store is got from there first, and what is written here is sent.
 
-        `RunFailed` if the store has not got all of it at the end. A local run is where it is to be.
+        What is given is called where training is to wait until the store has all of it. `RunFailed` if it has not got
+        it then, or at the end. A local run is where it is to be.
         """
         if self.store is None:
-            yield
+            yield lambda: None
             return
         known = None
         if self.hold is not None:
@@ -151,8 +159,8 @@ class RunFolder:
             remote.adopt(self.hold, self.path, log)
             remote.fetch_newest(self.store, self.path)
             known = log.head
-        with mirrored(self.store, self.path, self.hold, known):
-            yield
+        with mirrored(self.store, self.path, self.hold, known) as mirror:
+            yield mirror.flush
 
     def publish(self, name: str) -> None:
         """Put one of the small files of a run in a store there; `TakenOver` if another process writes to it now."""
@@ -260,6 +268,14 @@ def take_lease(path: Path) -> RunFolder:
     folder = RunFolder(path, secrets.token_hex(8))
     write_json(path / "lease.json", {"id": folder.lease})
     return folder
+
+
+def take_again(folder: RunFolder) -> RunFolder:
+    """The same for a run that has ended, or is to."""
+    if folder.store is None:
+        return take_lease(folder.path)
+    hold = remote.take(folder.store)
+    return replace(folder, path=remote.new_scratch(hold), lease=hold.id, hold=hold)
 
 
 def check_same_run(config: Config, place: Place) -> None:

@@ -39,6 +39,7 @@ class Item(NamedTuple):
     name: str  # below the folder that was listed
     is_folder: bool
     size: int
+    changed: int | None = None  # ns since 1970, by the store's clock
 
 
 class Store:
@@ -155,8 +156,8 @@ class Store:
         top = self.path(folder)
         wanted = fs.FileSelector(top, allow_not_found=True, recursive=deep)
         infos = self._asked(lambda: self.system.get_file_info(wanted))
-        found = [Item(i.path[len(top) + 1 :], i.type == fs.FileType.Directory, i.size or 0) for i in infos]
-        return sorted(item for item in found if item.name)
+        found = [Item(i.path[len(top) + 1 :], i.type == fs.FileType.Directory, i.size or 0, i.mtime_ns) for i in infos]
+        return sorted((item for item in found if item.name), key=lambda item: item.name)
 
     def delete(self, *names: str) -> None:
         """Remove objects, if they are there."""
@@ -269,6 +270,11 @@ class Store:
 # ---------------------------------------------------------------------------------------- a folder, or a store
 
 Place = Path | Store
+
+
+def address_of(place: Place) -> str:
+    """As it is given to another process."""
+    return place.address if isinstance(place, Store) else str(place)
 
 
 def place_at(place: str) -> Place:

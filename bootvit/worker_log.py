@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from bootvit.errors import UserError
 from bootvit.learner import World
-from bootvit.remote import fetch_logs
+from bootvit.remote import fetch_folder
 from bootvit.runs import RunFolder
 
 LOGS = "logs"
@@ -66,7 +66,7 @@ def read_logs(folder: RunFolder, rank: int | None = None, attempt: int | None = 
     """The lines of the workers' logs of one attempt, by default the newest; `UserError` for what is not there."""
     run_dir = folder.path
     if folder.store is not None:
-        fetch_logs(folder.store, run_dir)
+        fetch_folder(folder.store, run_dir, "logs")
     attempts = _numbered(run_dir / LOGS, r"attempt-(\d+)")
     if not attempts:
         raise UserError(f"{folder}: no worker has left a log; a run with --local says everything on its terminal")
@@ -99,7 +99,10 @@ class _Copied:
 
 def _new_attempt(folder: RunFolder, world: World) -> int:
     """One more than there have been; rank 0 counts, and tells the others."""
-    known = folder.hold.attempt - 1 if folder.hold else max(_numbered(folder.path / LOGS, r"attempt-(\d+)"), default=0)
+    if folder.hold:  # a trial's only process has no lease of a group
+        known = (folder.hold.attempt if folder.hold.is_group else folder.hold.number) - 1
+    else:
+        known = max(_numbered(folder.path / LOGS, r"attempt-(\d+)"), default=0)
     number = [1 + known if world.rank == 0 else 0]
     if world.size > 1:
         dist.broadcast_object_list(number, src=0)

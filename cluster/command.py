@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from bootvit.addresses import has_secret, is_address
 from bootvit.config import find_config, layers, merge, nest, origin_of, read_layers, with_overrides
 from bootvit.errors import UserError
+from bootvit.extensions import beside
 from bootvit.load import load_config
 from cluster.capacity import Workers, train_workers, trial_workers
 
@@ -34,6 +35,7 @@ class Command:
     files: frozenset[Path]
     name: str
     workers: Workers | None  # None: nothing is asked of the cluster
+    modules: frozenset[Path] = frozenset()  # files that its config imports
     trains: bool = False  # the job's first process itself, in place of workers (`--local`)
 
 
@@ -55,6 +57,7 @@ def check_command(words: Sequence[str], env: Mapping[str, str] = os.environ) -> 
         config_at=places[0],
         config=path.resolve(),
         files=frozenset(_files(path) | _files(checked.base)),
+        modules=checked.modules,
         name=checked.name,
         workers=None if "--dry-run" in words else checked.workers,
         trains="--local" in words,
@@ -67,16 +70,16 @@ class Checked(NamedTuple):
     name: str
     base: Path
     workers: Workers
+    modules: frozenset[Path]
 
 
 def _check_train(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
     config = load_config(str(path), overrides)
     _check_places(with_overrides(read_layers(path), overrides)[0], str(path), env)
-    return Checked(config.name, path, train_workers(config))
+    return Checked(config.name, path, train_workers(config), _modules(config.imports))
 
 
 def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -> Checked:
-    from tune.run.folder import check_place
     from tune.spec.load import is_own, load_sweep
     from tune.spec.space import check_space
 
@@ -85,15 +88,20 @@ def _check_sweep(path: Path, overrides: Sequence[str], env: Mapping[str, str]) -
         if text.startswith("base=") and Path(text.removeprefix("base=")).is_file():
             raise UserError(f"{origin_of(text)}: the job does not have this file: name it in the sweep file")
     sweep = load_sweep(str(path), overrides)
-    check_place(sweep)
     check_space(sweep)
     base = find_config(sweep.file.base)
     raw = read_layers(base)
     for key, value in sweep.file.set.items():
         raw = merge(raw, nest(key, value))
     for_base = [text for text in overrides if text not in own]
-    _check_places(with_overrides(raw, for_base)[0], str(base), env)
-    return Checked(sweep.file.name, base, trial_workers(sweep))
+    merged = with_overrides(raw, for_base)[0]
+    _check_places(merged, str(base), env)
+    return Checked(sweep.file.name, base, trial_workers(sweep), _modules(merged.get("imports", ())))
+
+
+def _modules(imports: Sequence[str]) -> frozenset[Path]:
+    """Those that are files here; others must be installed where the job runs."""
+    return frozenset(Path(one) for one in (beside(given, Path()) for given in imports) if one.endswith(".py"))
 
 
 # ------------------------------------------------------------------------------------------------- places

@@ -1,8 +1,8 @@
 """Whether every node is fit for a run: each is asked, before anything is taken.
 
 A worker on a node that does not see the run's folder would write into one of its own, and one with another torch would
-compute something else. So each node that takes work answers, from a task that is pinned to it, whether it sees a file
-that this process has just written beside the run, whether it can read the data, and what is installed there.
+compute something else. So each node that takes work answers, from a task that is pinned to it, whether it sees a file,
+or an object, that this process has just written beside the run, whether it can read the data, and what is installed.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from bootvit.addresses import is_address
 from bootvit.errors import RunFailed, UserError
+from bootvit.storage import Store, address_of, delete_at, place_at, write_at
 from cluster.capacity import working_nodes
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ANSWER_S = 60.0  # seconds for all nodes to answer: each starts a Python process for it
 PACKAGES = ("torch", "torchvision", "timm", "numpy", "pillow", "pyarrow", "entmax", "scikit-learn", "safetensors")
 SHARED = "give a folder that every node sees, such as one on a network file system"
+KEYS = "set there what the store's own tools need, such as AWS_ACCESS_KEY_ID and AWS_ENDPOINT_URL"
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,12 @@ class Place:
     """A file or folder that every node must see."""
 
     given: str  # `key=value`, for the error
-    path: Path
+    path: Path | Store
     wanted: str  # what would be right
     written: bool = False  # the run writes there; it may be new
 
 
-Asked = tuple[str, str | None]  # a path, and what the file there must say; None: it only has to be readable
+Asked = tuple[str, str | None]  # a path or address, and what is to be read there; None: it only has to be readable
 Answer = Mapping[str, Any]  # see `answerer`
 
 
@@ -48,8 +49,9 @@ def places_of(config: Config) -> list[Place]:
     from bootvit.weights import key_of, named
 
     storage, data = config.ray.storage_path, config.data.root
-    here = [] if is_address(storage) else [Path(storage)]  # of a store its first worker says whether it reaches it
-    places = [Place(f"ray.storage_path={storage}", path, SHARED, written=True) for path in here]
+    place = place_at(storage)
+    wanted = KEYS if isinstance(place, Store) else SHARED
+    places = [Place(f"ray.storage_path={storage}", place, wanted, written=True)]
     if config.tracking.enabled:
         uri = tracking_uri(config.tracking.uri)
         if database := sqlite_path(uri):
@@ -57,7 +59,7 @@ def places_of(config: Config) -> list[Place]:
     inputs = [] if data is None or "://" in data else [(f"data.root={data}", data)]  # a store's answer is a worker's
     inputs += [(key_of(config, net), getattr(config.model, net).weights) for net in named(config)]
     places += [reads(given, Path(path)) for given, path in inputs]
-    return [place for place in places if place.written or place.path.exists()]
+    return [one for one in places if one.written or (isinstance(one.path, Path) and one.path.exists())]
 
 
 def reads(given: str, path: Path) -> Place:
@@ -84,18 +86,22 @@ def check_nodes(places: Sequence[Place]) -> None:
 
 @contextmanager
 def marked(places: Sequence[Place]) -> Iterator[list[Asked]]:
-    """Leave a file beside each place that is written to, for the nodes to look for."""
+    """Leave a file, or an object, at each place that is written to, for the nodes to look for."""
     name = f".bootvit-probe-{secrets.token_hex(8)}"
-    folders = [next(f for f in (place.path, *place.path.parents) if f.is_dir()) for place in places if place.written]
-    marks = {folder: folder / name for folder in folders}
+    tops = [_there(place.path) for place in places if place.written]
     try:
-        for mark in marks.values():
-            mark.write_text(name)
-        of_written = iter(folders)
-        yield [(str(marks[next(of_written)]), name) if p.written else (str(p.path), None) for p in places]
+        for top in set(tops):
+            write_at(top, name, name.encode())
+        of_written = iter(tops)
+        yield [(address_of(next(of_written) / name), name) if p.written else (str(p.path), None) for p in places]
     finally:
-        for mark in marks.values():
-            mark.unlink(missing_ok=True)
+        for top in set(tops):
+            delete_at(top, name)
+
+
+def _there(place: Path | Store) -> Path | Store:
+    """What of a place is there already."""
+    return place if isinstance(place, Store) else next(f for f in (place, *place.parents) if f.is_dir())
 
 
 def answerer() -> Callable[[Sequence[Asked]], Answer]:
@@ -111,6 +117,17 @@ def answerer() -> Callable[[Sequence[Asked]], Answer]:
         import importlib.util
         import os
         from pathlib import Path
+
+        def wrong_in_store(address: str, mark: str) -> str | None:
+            try:
+                from bootvit.errors import RunFailed, UserError
+                from bootvit.storage import Store
+            except ImportError:  # `code` tells of it
+                return None
+            try:
+                return None if Store(address).read("") == mark.encode() else "it is another folder"
+            except (RunFailed, UserError) as err:
+                return str(err)
 
         def wrong(path: Path, mark: str | None) -> str | None:
             try:
@@ -133,7 +150,10 @@ def answerer() -> Callable[[Sequence[Asked]], Answer]:
         files = sorted(path for root in roots for path in Path(root).rglob("*.py"))
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest() if files else None
         return {
-            "wrong": [wrong(Path(path), mark) for path, mark in asked],
+            "wrong": [
+                wrong_in_store(place, mark) if mark and "://" in place else wrong(Path(place), mark)
+                for place, mark in asked
+            ],
             "packages": {name: version(name) for name in packages},
             "code": digest,
         }

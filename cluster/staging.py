@@ -31,6 +31,7 @@ def stage(command: Command, target: Path, root: Path = ROOT, limit: int = LIMIT)
     places = _places(command, root)
     copies = {path.relative_to(root): path for path in _sources(root)}
     copies |= {place: path for path, place in places.items()}
+    copies |= {Path(path.name): path for path in command.modules}  # the job's folder is on every node's PYTHONPATH
     _check_size(copies.values(), limit)
     for place, source in copies.items():
         (target / place).parent.mkdir(parents=True, exist_ok=True)

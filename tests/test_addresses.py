@@ -19,8 +19,8 @@ from bootvit.errors import UserError
 from bootvit.load import load_config, make_config
 from bootvit.ray_connection import check_address
 from bootvit.tracking import MlflowRun, store, tracking_uri
+from bootvit.tracking.attach import attach
 from bootvit.tracking.link import RunLink
-from bootvit.tracking.sweep import attach_to_sweep
 from cluster.submit import passed
 
 SECRET = "hunter2"
@@ -44,6 +44,10 @@ SHOWN = {
     "s3://key:secret@bucket/runs?region=eu&scheme=http": "s3://***@bucket/runs?region=eu&scheme=http",
     "s3://b/p?endpoint_override=http://127.0.0.1:9": "s3://b/p?endpoint_override=http://127.0.0.1:9",
     "https://host/?abc": "https://host/?***",
+    "gs://anonymous@b/p?scheme=http": "gs://anonymous@b/p?scheme=http",
+    "gs://anonymous:pw@b/p": "gs://***@b/p",
+    "gs://anonymous@me:pw@b/p": "gs://***@b/p",
+    "hf://datasets/me/set@v1/data": "hf://datasets/me/set@v1/data",
     "sqlite:////home/me@work/mlflow.db": "sqlite:////home/me@work/mlflow.db",
     "/data/me:x@y/set?1": "/data/me:x@y/set?1",
     "./runs": "./runs",
@@ -120,7 +124,7 @@ def test_a_report_is_not_attached_without_the_secret(
 ) -> None:
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     write(tmp_path / "mlflow.json", RunLink(run_key="k", run_id="r", uri="http://***@host").model_dump_json())
-    attach_to_sweep(tmp_path, [])
+    attach(tmp_path, [], "report")
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("bootvit: warning: the report is not in MLflow at http://***@host: tracking.uri=")
 

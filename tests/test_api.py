@@ -90,7 +90,7 @@ def test_predict_takes_files_pictures_and_arrays(
     assert len(by_file[0]["vit"]) == 3
     capsys.readouterr()
     assert main(["predict", str(trained.path), str(path), "--top", "3", "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert {row["network"]: row["classes"] for row in rows} == by_file[0]
     with pytest.raises(UserError, match=r"expected .* of uint8"):
         trained.predict(pixels.astype(float))

@@ -147,7 +147,7 @@ def test_train_evaluate_and_predict(here: Path, capsys: pytest.CaptureFixture[st
         assert documents[0][net]["top1"] == result["final"][net]["top1"]
     image(here / "seven.png", (20, 30))
     assert main(["predict", "tiny", "seven.png", "--json"]) == 0
-    guesses = json.loads(capsys.readouterr().out)
+    guesses = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [g["network"] for g in guesses] == ["vit", "agent"]
     assert len(guesses[0]["classes"]) == 5
     assert main(["train", "tiny.yaml", "--local", "--resume", "schedule.epochs=2"]) == 0

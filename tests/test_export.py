@@ -19,12 +19,16 @@ from bootvit import checkpoint
 from bootvit.__main__ import main
 from bootvit.config import Config
 from bootvit.data.facts import DataFacts, Preparation
-from bootvit.data.resize import centre_crop
 from bootvit.errors import RunFailed, UserError
-from bootvit.export import crop_of, export
-from bootvit.learner import Learner
+from bootvit.export import ENDINGS, crop_of, export
+from bootvit.files import write_json
+from bootvit.learner import Learner, Networks
+from bootvit.models.plain import plain
 from bootvit.models.sizes import ROWS
+from bootvit.result import new_result
 from bootvit.runs import claim
+from bootvit.standalone.images import centre_crop
+from bootvit.standalone.networks import load
 
 CLASSES = tuple(f"class {i}" for i in range(10))
 
@@ -136,6 +140,146 @@ def test_torchscript_computes_the_same_for_any_batch(tmp_path: Path, network: st
 def script(file: Path, extra: dict[str, Any] | None = None) -> Any:
     """A TorchScript file as others read it."""
     return torch.jit.load(file, _extra_files=extra)  # type: ignore[no-untyped-call]
+
+
+@pytest.mark.parametrize("network", ["vit", "agent"])
+def test_pt2_computes_the_same_for_any_batch(tmp_path: Path, network: str) -> None:
+    config, learner, run = saved_run(tmp_path, method="shared")
+    inside = {"facts.json": ""}
+    program = torch.export.load(export(config, run, "pt2", network=network), extra_files=inside)
+    for size in (1, 5):
+        images = torch.randn(size, 3, 8, 8)
+        torch.testing.assert_close(program.module()(images), logits(learner, network, images), rtol=1e-5, atol=1e-5)
+    assert json.loads(inside["facts.json"])["classes"] == list(CLASSES)
+
+
+# ------------------------------------------------------------------------------- the agent as an ordinary CNN
+
+AGENTS = [
+    {"method": "shared"},
+    {"method": "shared", "model__agent__value_bias": False, "model__agent__norm": "post"},
+    {"method": "shared", "model__vit__heads": 6, "model__agent__taps": "row_major", "model__agent__downsample": [0]},
+    {"method": "shared", "model__vit__heads": 3, "model__agent__taps": "centred"},
+    {"method": "joint", "model__agent__stem": "resnet", "data__image_size": 32, "objective__vit__hint": 0.0},
+    {"method": "joint", "model__agent__name": "agent_base", "model__agent__heads": 6},
+]
+
+
+@pytest.mark.parametrize("changes", AGENTS, ids=str)
+def test_an_agent_of_conv2d_layers_computes_the_same_to_the_last_digits(changes: dict[str, Any]) -> None:
+    """In float64, where a wrong tap, bias or norm would not pass as rounding."""
+    networks = Networks(tiny(**changes), 10).double()
+    with torch.no_grad():
+        for parameter in networks.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+        side = 32 if "data__image_size" in changes else 8
+        networks.features(torch.randn(4, 3, side, side))
+        agent = networks.eval().agent
+        assert agent is not None
+        cnn = plain(networks.config, agent)[0].double()
+        images = torch.randn(2, 3, side, side, dtype=torch.float64)
+        torch.testing.assert_close(cnn(images), agent(images).logits, rtol=1e-10, atol=1e-10)
+    kinds = {type(module).__name__ for module in cnn.modules() if not list(module.children())}
+    assert kinds <= {"Conv2d", "BatchNorm2d", "GELU", "Linear", "MaxPool2d"}
+
+
+def without_bootvit(code: str, folder: Path) -> Any:
+    """What a process that cannot import bootvit saves as out.pt."""
+    blocked = "import sys; sys.modules['bootvit'] = None\nimport torch\nimages = torch.load('images.pt')\n"
+    saved = (
+        "\nassert not any(n.startswith('bootvit.') for n in sys.modules)\ntorch.save(torch.as_tensor(out), 'out.pt')"
+    )
+    subprocess.run([sys.executable, "-c", blocked + code + saved], cwd=folder, check=True)
+    return torch.load(folder / "out.pt")
+
+
+LOADED = {
+    "timm": "import timm\nout = timm.create_model('local-dir:NAME', pretrained=True).eval()(images).detach()",
+    "torch": "sys.path.insert(0, 'NAME')\nfrom bootvit_networks.networks import load\n"
+    "out = load('NAME').module(images).detach()",
+    "torchscript": "out = torch.jit.load('NAME.pt')(images).detach()",
+    "pt2": "out = torch.export.load('NAME.pt2').module()(images).detach()",
+    "onnx": "import onnxruntime\nsession = onnxruntime.InferenceSession('NAME.onnx')\n"
+    "assert session.get_modelmeta().custom_metadata_map['network'] == 'NETWORK'\n"
+    "(out,) = session.run(None, {'images': images.numpy()})",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["vit", "agent"])
+def test_every_file_is_loaded_where_there_is_no_bootvit(tmp_path: Path, network: str) -> None:
+    """In each format, the shared agent also as Conv2d layers; onnxruntime reads the metadata too."""
+    config, learner, run = saved_run(tmp_path, method="shared")
+    images = torch.randn(5, 3, 8, 8)
+    torch.save(images, tmp_path / "images.pt")
+    for form, code in LOADED.items():
+        for convolutions in (False, True):
+            if (form == "timm" and network == "agent") or (convolutions and (form == "timm" or network == "vit")):
+                continue
+            name = f"{form}-{convolutions}"
+            ending = "" if form in ("timm", "torch") else ENDINGS[form]
+            export(config, run, form, network=network, out=tmp_path / f"{name}{ending}", convolutions=convolutions)
+            out = without_bootvit(code.replace("NAME", name).replace("NETWORK", network), tmp_path)
+            torch.testing.assert_close(out, logits(learner, network, images), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "network"),
+    [
+        ({"method": "shared"}, "agent"),
+        ({"model__vit__attention": "entmax"}, "vit"),
+        ({"model__vit__name": "bootvit_small_distilled_patch16_224"}, "vit"),
+        ({"method": "agent", "model__agent__name": "resnet10t", "data__image_size": 32}, "agent"),
+    ],
+    ids=str,
+)
+def test_a_torch_folder_is_the_network_again(tmp_path: Path, changes: Any, network: str) -> None:
+    config, learner, run = saved_run(tmp_path, **changes)
+    folder = export(config, run, "torch", network=network)
+    images = torch.randn(3, 3, *config.image_size)
+    with torch.no_grad():
+        torch.testing.assert_close(load(folder).module(images), logits(learner, network, images), rtol=1e-4, atol=1e-4)
+    assert export(config, run, "torch", network=network) == folder  # again: replaced
+
+
+@pytest.mark.parametrize(
+    ("changes", "form", "network", "said"),
+    [
+        ({}, "onnx", "vit", "--convolutions: only an agent"),
+        ({"method": "vit"}, "onnx", None, "--convolutions: only an agent"),
+        ({}, "timm", None, "the agent is no model of timm"),
+        ({"method": "agent", "model__agent__name": "resnet10t", "data__image_size": 32}, "onnx", None, "a CNN of timm"),
+    ],
+)
+def test_only_our_agent_is_made_of_convolutions(
+    tmp_path: Path, changes: Any, form: str, network: str | None, said: str
+) -> None:
+    config, _, run = saved_run(tmp_path, **changes)
+    with pytest.raises(UserError, match=said):
+        export(config, run, form, network=network, convolutions=True)
+
+
+def test_a_card_says_what_is_known_and_what_is_not(tmp_path: Path) -> None:
+    config, _, run = saved_run(tmp_path, method="shared", data__held_out=0.2)
+    result = new_result(config, "finished", 3, fingerprint="abc", digest="d")
+    result["final"] = {"vit": {"top1": 41.5, "top5": 80.0}, "agent": {"top1": 50.0, "top5": 90.0}}
+    text = (export(config, run, "timm", network="vit") / "README.md").read_text()
+    assert "- not known: the run has not finished" in text
+    write_json(run / "result.json", result)
+    text = (export(config, run, "timm", network="vit") / "README.md").read_text()
+    for line in (
+        "license: unknown",
+        "library_name: timm",
+        "- data set: digits, 10% of the training images of each class, less 20% held out (fingerprint `abc`)",
+        "- epochs: 3",
+        "- evaluation: top-1 41.50%, top-5 80.00% (final epoch)",
+        "- weights of the losses: vit ce 1, kd 1, hint 1; agent ce 1, kd 1, hint 0",
+    ):
+        assert line in text.splitlines()
+    assert "must find out" in text
+    card = (export(config, run, "torch", network="agent") / "README.md").read_text()
+    assert "top-1 50.00%" in card
+    assert "bootvit_networks" in card
 
 
 # ---------------------------------------------------------------------------------------- what a file holds

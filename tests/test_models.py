@@ -12,8 +12,9 @@ from bootvit.load import load_config
 from bootvit.models.agent import HeadTapConv
 from bootvit.models.shapes import head_taps
 from bootvit.models.shared import SharedMixer, shift_heads
-from bootvit.models.vit import EntmaxAttention, vit_features
+from bootvit.models.vit import vit_features
 from bootvit.models.zoo import build_vit
+from bootvit.standalone.sparse import EntmaxAttention
 
 
 @pytest.fixture(autouse=True)
@@ -103,7 +104,7 @@ def test_entmax_attention_with_softmax_weights_is_attention(monkeypatch: pytest.
     sparse.load_state_dict(plain.state_dict(), strict=False)
     x = torch.randn(2, 5, 12)
     assert not torch.allclose(sparse(x), plain(x))
-    monkeypatch.setattr("bootvit.models.vit.sparse_weights", lambda scores, alpha: scores.softmax(-1))
+    monkeypatch.setattr("bootvit.standalone.sparse.sparse_weights", lambda scores, alpha: scores.softmax(-1))
     torch.testing.assert_close(sparse(x), plain(x))
 
 

@@ -197,15 +197,17 @@ def test_the_bar_moves_with_the_steps_within_an_epoch_and_fits_80_columns() -> N
     with _Bar(tiny(name="a-rather-long-name-of-a-run"), 300, console) as view:
         view.show([Record(20, 0, "train/vit/loss", 1.25, 0.0), Record(20, 0, "train/images_per_second", 310.4, 0.0)])
         assert view.bar.tasks[0].completed == 20
-        view.show([Record(40, 0, "train/vit/loss", 1.0, 1.0)])
+        losses = [Record(40, 0, f"train/{net}/loss", 11.0625, 1.0) for net in ("vit", "agent")]
+        view.show([*losses, Record(40, 0, "train/lr", 0.00036, 1.0)])
         assert view.bar.tasks[0].completed == 40
         scores = [
             Record(100, 0, f"{split}/vit/top1", top1, 2.0) for split, top1 in (("test", 45.0), ("held_out", 44.0))
         ]
         view.show([*scores, Record(100, 0, "epoch", 1.0, 2.0)])
-        view.bar.refresh()
+        view.live.refresh()
     text = out.getvalue()
+    assert "epoch 2/3" in text
+    assert "310 images/s loss vit 11.062 agent 11.062 rate 0.00036" in " ".join(text.split())
     assert "epoch 1/3  test vit 45.0%  held-out vit 44.0%" in text
     assert "100/300" in text
-    assert "310 images/s" in text
     assert max(map(len, re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).replace("\r", "\n").splitlines())) <= 80

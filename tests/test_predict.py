@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -130,7 +132,7 @@ def test_bad_files_are_reported_and_the_others_answered(
         capsys.readouterr()
         assert main(["predict", "tiny", "odd", "images/test/dog/100.png", "--json"]) == 1
         seen = capsys.readouterr()
-        rows = json.loads(seen.out)
+        rows = [json.loads(line) for line in seen.out.splitlines()]
         assert [(Path(r["image"]).name, "error" in r) for r in rows] == [
             ("a.png", True),
             *[("b.png", False)] * 2,
@@ -143,6 +145,32 @@ def test_bad_files_are_reported_and_the_others_answered(
         ]
         assert all(line.startswith("bootvit: failed: odd/") for line in seen.err.splitlines())
     assert main(["predict", "tiny", "odd/a.png"]) == 1
+
+
+def test_images_come_by_stdin_and_answers_as_csv(
+    trained: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained()
+    picture(0, 7, (30, 20)).save(tmp_path / "b, c.png")
+    (tmp_path / "a.png").write_text("no image")
+
+    def said(data: bytes, *words: str, status: int = 0) -> list[str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        capsys.readouterr()
+        assert main(["predict", "tiny", *words]) == status
+        return capsys.readouterr().out.splitlines()
+
+    by_name = [json.loads(line) for line in said(b"", "b, c.png", "--json")]
+    rows = list(csv.DictReader(said(b"a.png\n\nb, c.png\n", "-", "--csv", status=1)))
+    assert rows[0]["error"] == "not an image, or one of an unknown format"
+    assert [(row["image"], row["network"], row["rank"]) for row in rows[1:]] == [
+        ("b, c.png", net, rank) for net in ("vit", "agent") for rank in ("1", "2")
+    ]
+    assert {row["class"]: float(row["probability"]) for row in rows[1:3]} == by_name[0]["classes"]
+    by_bytes = [json.loads(line) for line in said((tmp_path / "b, c.png").read_bytes(), "-", "--json")]
+    assert by_bytes == [row | {"image": "-"} for row in by_name]
+    said(b"\n", "-", status=2)
+    said(b"", "a.png", "--csv", "--json", status=2)
 
 
 def test_a_path_that_is_not_there_is_said_before_anything_is_answered(

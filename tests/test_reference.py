@@ -260,7 +260,7 @@ def test_an_imported_run_is_evaluated_resumed_and_predicts(tmp_path: Path, capsy
 
     Image.new("RGB", (40, 40), "red").save(tmp_path / "red.png")
     assert main(["predict", str(run), str(tmp_path / "red.png"), "--json"]) == 0
-    assert {row["network"] for row in json.loads(capsys.readouterr().out)} == {"vit", "agent"}
+    assert {json.loads(line)["network"] for line in capsys.readouterr().out.splitlines()} == {"vit", "agent"}
     assert main(["train", str(run / "config.yaml"), "--resume", "--local"]) == 0
     result = json.loads((run / "result.json").read_text())
     assert (result["status"], result["epochs"]) == ("finished", 3)

@@ -3,19 +3,23 @@
 import gc
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from helpers import ONE, batch, tiny
 
+from bootvit.data import Subset, open_splits
 from bootvit.data.batches import Batch
 from bootvit.learner import Learner, World
+from bootvit.predictions import Answers
 
 SIZE, STEPS = 7, 3  # not a multiple of two or three
 
 
-Result = dict[str, tuple[dict[str, torch.Tensor], dict[str, tuple[float, ...]]]]  # method: weights, counts
+# method: weights, counts, what was answered image by image
+Result = dict[str, tuple[dict[str, torch.Tensor], dict[str, tuple[float, ...]], pa.Table | None]]
 
 
 METHODS = ("vit", "joint", "shared")
@@ -31,7 +35,7 @@ def configured(method: str, size: int) -> dict[str, object]:
 
 def part(whole: Batch, rank: int, size: int) -> Batch:
     rows = torch.tensor_split(torch.arange(len(whole.labels)), size)[rank]
-    return Batch(whole.images.double()[rows], whole.labels[rows], whole.global_size)
+    return Batch(whole.images.double()[rows], whole.labels[rows], whole.global_size, rows.numpy())
 
 
 def train(method: str, world: World) -> Learner:
@@ -51,6 +55,13 @@ def weights_of(learner: Learner) -> dict[str, torch.Tensor]:
     return dict(state["networks"]) | {f"averaged {name}": value for name, value in state["ema"].items()}
 
 
+def images() -> Subset:
+    """As many as are evaluated, so that answers have keys."""
+    test = open_splits(tiny().data).test
+    assert test is not None
+    return Subset(test.table, test.indices[:11])
+
+
 def worker(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=size)
@@ -59,7 +70,9 @@ def worker(rank: int, size: int, folder: str) -> None:
         learner = train(method, World(rank, size, torch.device("cpu")))
         mine = [part(batch(11, seed=9), rank, size)] if rank else []  # rank 0 has nothing to evaluate
         mine += [part(batch(11, seed=9), 0, size)] if rank == 1 else []
-        out[method] = (weights_of(learner), {n: tuple(c) for n, c in learner.evaluate(mine).items()})
+        answers = Answers()
+        counts = {n: tuple(c) for n, c in learner.evaluate(mine, answers).items()}
+        out[method] = (weights_of(learner), counts, answers.table("test", images(), rank, size))
     torch.save(out, f"{folder}/{rank}.pt")
     del learner
     gc.collect()  # what still holds the group when it is destroyed would end it while it has the GIL: a deadlock
@@ -89,3 +102,21 @@ def test_workers_count_what_one_process_counts(results: list[Result], method: st
         for net, seen in result[method][1].items():
             assert seen[:3] == tuple(counts[net])[:3]
             assert seen[3] == pytest.approx(counts[net].loss_sum, rel=1e-9)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_workers_answer_what_one_process_answers(results: list[Result], method: str) -> None:
+    answers = Answers()
+    train(method, ONE).evaluate([part(batch(11, seed=9), 0, 1)], answers)
+    alone = answers.table("test", images(), 0, 1)
+    assert alone is not None
+    assert all(result[method][2] is None for result in results[1:])
+    together = results[0][method][2]
+    assert together is not None
+    assert together.column_names == alone.column_names
+    for name in alone.column_names:
+        if name.endswith("probability"):
+            assert together[name].to_pylist() == pytest.approx(alone[name].to_pylist(), abs=1e-6)
+        else:
+            assert together[name].to_pylist() == alone[name].to_pylist(), name
+    assert together["key"].to_pylist() == images().keys

@@ -19,6 +19,7 @@ from bootvit.config.messages import section_of, shown
 from bootvit.config.schema import Config
 from bootvit.config.text import parse_yaml
 from bootvit.errors import UserError
+from bootvit.extensions import beside
 
 SHIPPED = Path(__file__).resolve().parent.parent.parent / "configs"
 
@@ -77,7 +78,10 @@ def layers(path: Path, seen: tuple[Path, ...] = (), *, shipped: bool = False) ->
     for parent in parents:
         target = find_beside(path, "extends", parent)
         yield from layers(target, (*seen, path), shipped=shipped or not is_file(path.parent / parent))
-    yield Layer(path, {key: value for key, value in data.items() if key != "extends"}, parents, shipped)
+    own = {key: value for key, value in data.items() if key != "extends"}
+    if isinstance(own.get("imports"), list):
+        own["imports"] = [beside(one, path.parent) if isinstance(one, str) else one for one in own["imports"]]
+    yield Layer(path, own, parents, shipped)
 
 
 def find_beside(path: Path, key: str, name: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
@@ -145,10 +146,17 @@ class DataConfig(Section):
 
     read_by = (
         *("bootvit/data/sources.py", "bootvit/data/fractions.py", "bootvit/data/batches.py", "bootvit/data/loaders.py"),
-        *("bootvit/data/decode.py", "bootvit/data/vary.py"),
+        *("bootvit/data/decode.py", "bootvit/data/vary.py", "bootvit/data/own.py"),
     )
-    source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "fake"] = Field(
-        "digits", description="The kind of data set; digits is embedded, fake is noise for trials of speed."
+    source: Literal["digits", "cifar10", "cifar100", "imagefolder", "imagenet", "parquet", "dataset", "fake"] = Field(
+        "digits",
+        description="The kind of data set; digits is embedded, dataset is one of yours in Python, fake is noise for "
+        "trials of speed.",
+    )
+    dataset: str | None = Field(
+        None,
+        description="For source=dataset, MODULE:NAME of a module that `imports` lists: what, called with 'train' or "
+        "'test', gives something with __len__ and __getitem__ of (image, label), or None.",
     )
     root: Address | None = Field(
         None, description="The data set's folder, relative to where the command is started, or an address for parquet."
@@ -400,8 +408,8 @@ class RayConfig(Section):
     )
     storage_path: Address = Field(
         "./runs",
-        description="Parent of the runs' folders, relative to where the command is started, which every node sees; for "
-        "single runs also an address in an object store, such as s3://BUCKET/FOLDER.",
+        description="Parent of the runs' folders, relative to where the command is started, which every node sees; or "
+        "an address in an object store, such as s3://BUCKET/FOLDER.",
     )
     max_failures: int = Field(
         0, ge=0, description="How often a run goes on from its last checkpoint after it has lost a worker."
@@ -428,10 +436,17 @@ class RayConfig(Section):
         return self
 
 
+# every model inherits ABCMeta's `register`, which nobody calls
+warnings.filterwarnings("ignore", 'Field name "register" in "TrackingConfig" shadows')
+
+
 class TrackingConfig(Section):
     """MLflow."""
 
-    read_by = ("bootvit/tracking/run.py", "bootvit/tracking/artifacts.py", "bootvit/driver.py", "bootvit/loop.py")
+    read_by = (
+        *("bootvit/tracking/run.py", "bootvit/tracking/artifacts.py", "bootvit/tracking/model.py"),
+        *("bootvit/driver.py", "bootvit/loop.py"),
+    )
     enabled: bool = Field(
         True, description="Whether runs are sent to MLflow; their folders have everything either way."
     )
@@ -451,12 +466,35 @@ class TrackingConfig(Section):
     moments: bool = Field(
         False, description="Whether MLflow gets those checkpoints whole, with the optimiser's moments, to resume from."
     )
+    model: bool = Field(
+        True,
+        description="Whether MLflow gets a model to serve of a finished run; trials of a sweep have none.",
+    )
+    register: str | None = Field(
+        None,
+        pattern=r"^[^/:'\"]+$",
+        description="The name under which that model is registered in MLflow; null: it is not.",
+    )
+    system: bool = Field(
+        True, description="Whether the load of rank 0's machine is recorded, every ten seconds at most."
+    )
+    explain_images: int = Field(
+        0,
+        ge=0,
+        description="Images on which every evaluation notes, block by block, what `bootvit explain` measures; 0: none.",
+    )
+
+    @model_validator(mode="after")
+    def _registers_a_model(self) -> Self:
+        if self.register is not None and not self.model:
+            raise ValueError(f"tracking.register={self.register}: tracking.model=false leaves nothing to register")
+        return self
 
 
 class Config(Section):
     """One run, completely."""
 
-    read_by = ("bootvit/driver.py", "bootvit/runs.py", "bootvit/learner.py")
+    read_by = ("bootvit/driver.py", "bootvit/runs.py", "bootvit/learner.py", "bootvit/extensions.py")
     name: str = Field(
         "run",
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._=+,-]*$",
@@ -465,6 +503,16 @@ class Config(Section):
     )
     seed: int = Field(
         0, ge=0, lt=2**32, description="What initial weights, the order of images, augmentation and dropout depend on."
+    )
+    imports: tuple[str, ...] = Field(
+        (),
+        description="Modules of yours that are imported first, by name or as files beside the config: they register "
+        "models with timm, and have data sets and functions for on_epoch.",
+    )
+    on_epoch: tuple[str, ...] = Field(
+        (),
+        description="MODULE:NAME of functions of yours that rank 0 calls with the config and an EpochReport after "
+        "every epoch.",
     )
     method: Method = Field(
         "joint",
@@ -481,7 +529,9 @@ class Config(Section):
         "scales the loss.",
     )
     compile: bool = Field(
-        False, description="Whether torch.compile translates the training step first, which takes minutes."
+        False,
+        description="Whether torch.compile translates the training step first, which takes minutes; on CPUs it did not "
+        "make the step faster.",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()

@@ -7,6 +7,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from bootvit.data.transfer import to_device
+
 CROP_NUMBERS = 4  # uniform numbers per image: row, column, flip, 1 to spare
 
 
@@ -16,8 +18,10 @@ def pad_crop_flip(images: Tensor, numbers: npt.NDArray[np.float64], padding: int
     `images` (batch, channels, rows, cols); `numbers` (batch, 4) in [0, 1): row, column, flip, unused.
     """
     batch, _, rows, cols = images.shape
-    shift = torch.from_numpy((numbers[:, :2] * (2 * padding + 1)).astype(np.int64) - padding).to(images.device)
-    mirrored = torch.from_numpy((numbers[:, 2] < 0.5) & flip).to(images.device)
+    shifts = (numbers[:, :2] * (2 * padding + 1)).astype(np.int64) - padding
+    decided = np.column_stack([shifts, (numbers[:, 2] < 0.5) & flip])  # (batch, 3) int64
+    on_device = to_device(torch.from_numpy(decided), images.device)
+    shift, mirrored = on_device[:, :2], on_device[:, 2].bool()
     y = torch.arange(rows, device=images.device)[None] + shift[:, :1]  # (batch, rows) in the source
     x = torch.arange(cols, device=images.device)[None].expand(batch, cols)
     x = torch.where(mirrored[:, None], cols - 1 - x, x) + shift[:, 1:]

@@ -1,82 +1,33 @@
-"""Encoded bytes to pixels, RGB or of other channels; everything that can go wrong with one image is a `BrokenImage`."""
+"""Encoded images: looked at without decoding, decoded to RGB or other channels, and written.
+
+RGB is decoded by the code that goes with exports too.
+"""
 
 from __future__ import annotations
 
 import io
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
-# of damaged or oversized but readable images Pillow warns once for each and process: `data check` is the place for it
-warnings.filterwarnings("ignore", module=r"PIL\..*")
+from bootvit.standalone import images
+from bootvit.standalone.images import BrokenImage, Picture, Planes, failing_as_broken, to_rgb
 
+__all__ = [
+    "BrokenImage",
+    "Picture",
+    "Planes",
+    "Reading",
+    "decode",
+    "encode_png",
+    "failing_as_broken",
+    "header_size",
+    "to_rgb",
+]
 
 NUMPY = b"\x93NUMPY"  # with which its files begin
-
-
-class BrokenImage(Exception):
-    """One image that cannot be decoded; the message says why, the catcher knows which."""
-
-
-@contextmanager
-def failing_as_broken() -> Iterator[None]:
-    """Turn whatever is raised inside into `BrokenImage`.
-
-    Pillow's formats raise errors of any kind for damaged bytes (struct.error, KeyError, AttributeError,
-    RecursionError ...), and `MemoryError` for absurd sizes.
-    """
-    try:
-        yield
-    except BrokenImage:
-        raise
-    except UnidentifiedImageError as err:  # its text is about a buffer
-        raise BrokenImage("not an image, or one of an unknown format") from err
-    except Exception as err:
-        raise BrokenImage(" ".join(str(err).split())[:300] or type(err).__name__) from err
-
-
-@dataclass(frozen=True)
-class Planes:
-    """An image of any number of channels, (rows, columns, channels) uint8, with the methods of Pillow's that we use."""
-
-    pixels: npt.NDArray[np.uint8]
-
-    @property
-    def height(self) -> int:
-        """Rows."""
-        return int(self.pixels.shape[0])
-
-    @property
-    def width(self) -> int:
-        """Columns."""
-        return int(self.pixels.shape[1])
-
-    def crop(self, box: tuple[int, int, int, int]) -> Planes:
-        """A part of it: (left, top, right, bottom)."""
-        left, top, right, bottom = box
-        return Planes(self.pixels[top:bottom, left:right])
-
-    def resize(self, size: tuple[int, int], resample: Image.Resampling) -> Planes:
-        """Every channel as Pillow resizes it, to (columns, rows)."""
-        planes = [Image.fromarray(plane).resize(size, resample) for plane in np.moveaxis(self.pixels, 2, 0)]
-        return Planes(np.stack([np.asarray(plane) for plane in planes], axis=2))
-
-    def transpose(self, method: Image.Transpose) -> Planes:
-        """Mirrored left to right, the one way that is used."""
-        assert method == Image.Transpose.FLIP_LEFT_RIGHT
-        return Planes(self.pixels[:, ::-1])
-
-    def __array__(self, dtype: Any = None, copy: bool | None = None) -> npt.NDArray[Any]:
-        return self.pixels if dtype is None else self.pixels.astype(dtype)
-
-
-Picture = Image.Image | Planes  # RGB, or of another number of channels
 
 
 class Reading(NamedTuple):
@@ -90,23 +41,19 @@ RGB_READING = Reading()
 
 
 def decode(data: bytes | memoryview, reading: Reading = RGB_READING) -> Picture:
-    """The image, fully loaded: as RGB, or as `Planes` where other channels are read. A truncated file is a
-    `BrokenImage`.
+    """The image, fully loaded: as RGB, or as `Planes` where other channels are read.
 
-    For RGB, grey, palette, CMYK and 16-bit grey images are converted. Transparency is dropped, as
-    `PIL.Image.convert("RGB")` and torchvision do it: the colours below it appear. NumPy's files hold (rows, columns) or
-    (rows, columns, channels).
+    NumPy's files hold (rows, columns) or (rows, columns, channels).
     """
+    numpys = bytes(data[: len(NUMPY)]) == NUMPY
+    if reading.channels == 3 and not numpys:
+        return images.decode(data)
     if not len(data):
         raise BrokenImage("no bytes: the image is empty, missing or unreadable")
     with failing_as_broken():
-        if bytes(data[: len(NUMPY)]) == NUMPY:
+        if numpys:
             return planes_of(np.load(io.BytesIO(data), allow_pickle=False), reading)
         with Image.open(io.BytesIO(data)) as image:
-            if not min(image.size):
-                raise BrokenImage(f"it has {image.height}x{image.width} pixels")
-            if reading.channels == 3:
-                return to_rgb(image)
             return planes_of(values_of(image, reading.channels), reading)
 
 
@@ -143,16 +90,6 @@ def as_bytes(values: npt.NDArray[Any], given: tuple[float, float] | None) -> npt
     scaled = (values.astype(np.float64) - low) * (255 / (high - low))
     out: npt.NDArray[np.uint8] = np.clip(np.rint(scaled), 0, 255).astype(np.uint8)
     return out
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """`image` in mode RGB; 16-bit grey keeps its upper 8 bits."""
-    if image.mode.startswith("I"):
-        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.mode == "P" and "transparency" in image.info:
-        return image.convert("RGBA").convert("RGB")  # Pillow warns about the direct way
-    return image.convert("RGB")
 
 
 def header_size(data: bytes | memoryview) -> tuple[int, int]:

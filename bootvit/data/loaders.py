@@ -1,7 +1,7 @@
 """The two ways from stored images to batches on the device.
 
-Small images of one size are decoded once per node and kept as pixels; cropping, flipping and resizing are done on
-the device. Others are read, cut and resized when they are needed, by `data.workers` processes.
+Small images of one size are decoded once per node and kept as pixels, on a GPU if they fit there; cropping, flipping
+and resizing are done on the device. Others are read, cut and resized when they are needed, by `data.workers` processes.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from bootvit.data.cache import decoded, mapped
 from bootvit.data.decode import BrokenImage, Picture, Planes, failing_as_broken
 from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
-from bootvit.data.resize import area_crop, centre_crop, enlarge, normalise, resize_batch
+from bootvit.data.resize import area_crop, normalise, resize_batch
 from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
+from bootvit.data.transfer import fits, to_device
 from bootvit.data.vary import Variation
 from bootvit.errors import RunFailed, UserError
+from bootvit.standalone.images import centre_crop, enlarge
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -43,6 +45,7 @@ class Batch(NamedTuple):
     images: Tensor  # (local batch, channels, rows, cols) float32, normalised, on the device
     labels: Tensor  # (local batch,) int64, or (local batch, classes) shares of mixed images, on the device
     global_size: int  # images of this step over all workers (those broken at loading counted)
+    places: Rows | None = None  # (local batch,) where each image stands in its subset
     at: Rows | None = None  # which of its piece's images these are; None: all
 
 
@@ -68,13 +71,21 @@ class MemoryLoader:
         self.broken: dict[str, str] = {}  # {image: reason}
         if isinstance(subset.table.images, PixelImages):
             self._pixels, self._rows, self._labels = subset.table.images.pixels, subset.indices, subset.labels
-            return
-        self._pixels, places, broken = decoded(subset)
-        self._rows, self._labels = np.arange(len(places)), subset.labels[places]
-        for place, reason in broken:
-            leave_out(subset, place, reason, data, self.broken)
-        if not len(places):
-            raise none_readable(subset, self.broken)
+            self._places = np.arange(len(subset))
+        else:
+            self._pixels, places, broken = decoded(subset)
+            self._rows, self._labels, self._places = np.arange(len(places)), subset.labels[places], places
+            for place, reason in broken:
+                leave_out(subset, place, reason, data, self.broken)
+            if not len(places):
+                raise none_readable(subset, self.broken)
+        size = len(self._rows) * self._pixels[0].nbytes
+        self._resident = self._upload() if data.resize == "device" and fits(size, device) else None
+
+    def _upload(self) -> tuple[Tensor, Tensor]:
+        """All images (n, rows, cols, 3) uint8 and labels (n,) on the device, where batches are gathered then."""
+        pixels = torch.from_numpy(np.ascontiguousarray(self._pixels[self._rows]))
+        return pixels.to(self._device), torch.from_numpy(np.array(self._labels)).to(self._device)
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -90,9 +101,9 @@ class MemoryLoader:
         return _one_ahead(batches) if self._device.type == "cuda" else batches
 
     def _batch(self, part: Piece, places: Rows, numbers: Numbers) -> Batch:
-        raw = torch.from_numpy(np.ascontiguousarray(self._pixels[self._rows[places]]))
         on_device = self._data.resize == "device"
-        images = (_to(raw, self._device) if on_device else raw).permute(0, 3, 1, 2)
+        raw, labels = self._gathered(places, on_device=on_device)
+        images = raw.permute(0, 3, 1, 2)
         own = None if numbers is None else numbers(part)
         if self._augment == "crop" and own is not None:
             images = pad_crop_flip(images, own, self._data.crop_padding, flip=self._data.flip)
@@ -100,10 +111,20 @@ class MemoryLoader:
         if varied is not None:
             images = self._variation.batch(images, varied)
         size, mean, std = self._preparation.size, self._preparation.mean, self._preparation.std
-        images = resize_batch(images, size) if on_device else _to(_resize_with_pil(images, size), self._device)
-        labels = _to(torch.from_numpy(self._labels[places]), self._device)
+        images = resize_batch(images, size) if on_device else to_device(_resize_with_pil(images, size), self._device)
         images = normalise(images, mean, std)
-        return Batch(images if varied is None else self._variation.erased(images, varied), labels, part.global_size)
+        if varied is not None:
+            images = self._variation.erased(images, varied)
+        return Batch(images, labels, part.global_size, self._places[places])
+
+    def _gathered(self, places: Rows, *, on_device: bool) -> tuple[Tensor, Tensor]:
+        """Images (batch, rows, cols, channels), where they are to be resized, and labels (batch,) on the device."""
+        if self._resident is not None:
+            chosen = to_device(torch.from_numpy(places), self._device)
+            return self._resident[0][chosen], self._resident[1][chosen]
+        raw = torch.from_numpy(np.ascontiguousarray(self._pixels[self._rows[places]]))
+        labels = to_device(torch.from_numpy(self._labels[places]), self._device)
+        return to_device(raw, self._device) if on_device else raw, labels
 
 
 class WorkerLoader:
@@ -114,7 +135,7 @@ class WorkerLoader:
     ) -> None:
         self._subset, self._data, self._preparation, self._device = subset, data, preparation, device
         self._augment = augment
-        self._source = _by_place(subset)
+        self._source = opened_by_place(subset)
         self._variation = Variation.of(data)
         self._through_pipes = False
         self.broken: dict[str, str] = {}  # {image: reason}
@@ -135,7 +156,7 @@ class WorkerLoader:
         if vary is not None:
             import torchvision.transforms.v2.functional  # noqa: F401  here once, and not in every process
         cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip, vary)
-        steps = _Steps(self._source, self._subset.labels, pieces, order, numbers, cut, self._data.channels)
+        steps = _Steps(self._source, pieces, order, numbers, cut, self._data.channels)
         workers = min(self._data.workers, len(pieces))
         loader: DataLoader[Loaded] = DataLoader(
             steps,
@@ -182,12 +203,12 @@ class WorkerLoader:
         if not isinstance(pixels, Tensor):
             self._say_pipes()
             pixels = torch.from_numpy(pixels)
-        images = _to(pixels, self._device).permute(0, 3, 1, 2)
-        labels = _to(torch.from_numpy(loaded.labels), self._device)
+        images = to_device(pixels, self._device).permute(0, 3, 1, 2)
+        labels = to_device(torch.from_numpy(self._subset.labels[loaded.places]), self._device)
         images = normalise(images, self._preparation.mean, self._preparation.std)
         if numbers is not None and self._variation.erase:
             images = self._variation.erased(images, numbers(part)[loaded.at, -self._variation.needs :])
-        return Batch(images, labels, part.global_size, loaded.at)
+        return Batch(images, labels, part.global_size, loaded.places, loaded.at)
 
     def _say_pipes(self) -> None:
         if not self._through_pipes:
@@ -219,7 +240,7 @@ class Loaded(NamedTuple):
     """What a loading process hands over."""
 
     images: Tensor | Pixels  # (n, rows, cols, channels) uint8, a tensor if it is in shared memory
-    labels: Rows  # (n,)
+    places: Rows  # (n,) in the subset
     at: Rows  # (n,) which of the piece's images these are
     broken: list[tuple[int, str]]  # place in the subset, reason
 
@@ -255,7 +276,6 @@ class _Steps(Dataset[Loaded]):
     """Item i is the batch of the i-th piece; a broken image is reported as data, since errors lose their type."""
 
     source: Callable[[int], Picture]
-    labels: Rows
     pieces: Sequence[Piece]
     order: Rows
     numbers: Numbers
@@ -282,7 +302,7 @@ class _Steps(Dataset[Loaded]):
                     at.append(0)
                     break
         pixels = np.stack(images) if images else np.zeros((0, *self.cut.size, self.channels), np.uint8)
-        return Loaded(_shared(pixels), self.labels[kept], np.array(at, np.int64), broken)
+        return Loaded(_shared(pixels), np.array(kept, np.int64), np.array(at, np.int64), broken)
 
     def _read(
         self, place: int, numbers: list[float], images: list[Pixels], kept: list[int], broken: list[tuple[int, str]]
@@ -319,7 +339,7 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def _by_place(subset: Subset) -> Callable[[int], Picture]:
+def opened_by_place(subset: Subset) -> Callable[[int], Picture]:
     """Opens the subset's i-th image."""
     images = subset.table.images
     if isinstance(images, ParquetImages):
@@ -332,13 +352,6 @@ def _resize_with_pil(images: Tensor, size: tuple[int, int]) -> Tensor:
     arrays = images.permute(0, 2, 3, 1).contiguous().numpy()
     out = [np.asarray(enlarge(Planes(pixels), size)) for pixels in arrays]
     return torch.from_numpy(np.stack(out)).permute(0, 3, 1, 2)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """On a GPU without waiting, which needs pinned memory."""
-    if device.type != "cuda":
-        return tensor.to(device)
-    return (tensor if tensor.is_pinned() else tensor.pin_memory()).to(device, non_blocking=True)
 
 
 def _one_ahead(batches: Iterator[Batch]) -> Iterator[Batch]:

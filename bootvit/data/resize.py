@@ -1,4 +1,4 @@
-"""Resizing as Pillow does it: on the device in whole batches, bit for bit, and the croppings of large images.
+"""Resizing as Pillow does it: on the device in whole batches, bit for bit, and the random crops of large images.
 
 Pillow's bilinear filter works in two passes, horizontal then vertical, with coefficients of 22 bits; each pass is
 rounded to 8 bits. `resize_batch` does the same with integers, so it agrees exactly on every device.
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from bootvit.data.decode import BrokenImage, Picture
+from bootvit.standalone.images import Picture, enlarge
 
 PRECISION = 22  # bits of a coefficient: 32, less 8 of a pixel and 2 to spare
 
@@ -87,11 +87,6 @@ def _channels_on(device: torch.device, values: tuple[float, ...]) -> Tensor:
     return torch.tensor(values, dtype=torch.float32, device=device).view(1, -1, 1, 1)
 
 
-def enlarge(image: Picture, size: tuple[int, int]) -> Picture:
-    """Pillow's own bilinear resizing to (rows, columns)."""
-    return image.resize((size[1], size[0]), Image.Resampling.BILINEAR)
-
-
 class Box(NamedTuple):
     """A rectangle of an image."""
 
@@ -144,43 +139,6 @@ def area_crop(image: Picture, size: tuple[int, int], numbers: Sequence[float], *
     part = image.crop((box.left, box.top, box.left + box.cols, box.top + box.rows))
     part = enlarge(part, size)
     return part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if flip and numbers[22] < 0.5 else part
-
-
-LARGEST = 1 << 28  # pixels of a resized image: one of 1x100000 would fill the memory
-
-
-def centre_crop(image: Picture, size: tuple[int, int]) -> Picture:
-    """Evaluation of large images: shrink so that 256/224 of `size` is just covered, then cut out the centre."""
-    rows, cols = shrunk(image.height, image.width, size)
-    if rows * cols > LARGEST:
-        raise BrokenImage(f"{image.height}x{image.width} pixels: too long to be cropped, {rows}x{cols} once resized")
-    image = enlarge(image, (rows, cols))
-    top, left = round((rows - size[0]) / 2), round((cols - size[1]) / 2)
-    return image.crop((left, top, left + size[1], top + size[0]))
-
-
-def covered(size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, cols) that an image of any shape is shrunk to cover, before `size` is cut out of it: 256/224 of `size`.
-
-    A square is rounded, as 256 of 224 is; other shapes are rounded down, as timm does it.
-    """
-    if size[0] == size[1]:
-        side = round(size[0] * 256 / 224)
-        return side, side
-    return size[0] * 256 // 224, size[1] * 256 // 224
-
-
-def shrunk(rows: int, cols: int, size: tuple[int, int]) -> tuple[int, int]:
-    """(rows, cols) of an image of rows x cols once it is shrunk: that of torchvision's Resize, or timm's for an oblong.
-
-    torchvision truncates the longer side, timm's ResizeKeepRatio rounds it.
-    """
-    wanted = covered(size)
-    if wanted[0] == wanted[1]:
-        side = wanted[0]
-        return (side, int(side * cols / rows)) if rows <= cols else (int(side * rows / cols), side)
-    ratio = min(rows / wanted[0], cols / wanted[1])
-    return round(rows / ratio), round(cols / ratio)
 
 
 def normalise(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:

@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from bootvit.addresses import public_address, wrong_with
 from bootvit.config import DataConfig, pair
-from bootvit.data import cifar, folders, parquet
+from bootvit.data import cifar, folders, own, parquet
 from bootvit.data.cache import remembered, remembered_rows
 from bootvit.data.decode import RGB_READING, BrokenImage, Reading, decode, encode_png, header_size
 from bootvit.data.found import Found, relabel
@@ -92,6 +92,8 @@ def _find(data: DataConfig, split: Split, notes: list[str]) -> Found | None:
         return _digits(split, data.channels)
     if data.source == "fake":
         return _fake(data, split)
+    if data.source == "dataset":
+        return own.read(data, split)
     root = _root(data)
     held_out = data.held_out > 0
     if data.source == "parquet" or isinstance(root, StorePath):

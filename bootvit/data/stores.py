@@ -1,12 +1,14 @@
-"""Parquet files in an object store: what `data.root` is when it is an address of pyarrow.fs, such as `s3://bucket/x`.
+"""Parquet files in an object store: what `data.root` is when it is an address of pyarrow.fs, such as `s3://bucket/x`,
+or one of the Hugging Face Hub, `hf://datasets/OWNER/NAME`.
 
 Credentials, region and endpoint come from where the cloud's own tools have them. A request that fails is sent again by
-Arrow's client itself (to S3 every 0.2 s for 6 s, whether no server, a status of 5xx or 429, or an answer cut short); if
-that does not help it is a `RunFailed`, and what the user can mend is a `UserError`.
+Arrow's client itself (to S3 with growing pauses, some 10 s in all, whether no server, a status of 5xx or 429, an answer
+cut short, or 10 s without a byte); if that does not help it is a `RunFailed`; what the user can mend is a `UserError`.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 from collections import deque
@@ -25,18 +27,20 @@ from bootvit.errors import RunFailed, UserError
 ADDRESS = re.compile(r"([A-Za-z][\w+.-]*)://")
 ANSWER_S = 20.0  # for the first answer of a store
 GOOGLE_S = 6  # Google's client would try for a quarter of an hour
+S3_ATTEMPTS, S3_SILENT_S = 5, 10.0  # a server that takes requests and never answers is left after a minute
 AHEAD = 8  # files or row groups on their way at once
 AHEAD_BYTES = 256 << 20  # of row groups on their way at once, if more than one
 BUFFER = 1 << 20  # bytes asked for at once, where a file is read only as far as needed
 
 REFUSED = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY|INVALID_CLIENT_TOKEN|SIGNATURE|UNRECOGNIZED_CLIENT|EXPIRED_TOKEN|CREDENTIAL"
-    r"|HTTP status 40[013]|PERMISSION_DENIED|UNAUTHENTICATED|Authenti|Permission denied|Forbidden",
+    r"|HTTP status 40[013]|401 Unauthorized|PERMISSION_DENIED|UNAUTHENTICATED|Authenti|Permission denied|Forbidden",
     re.IGNORECASE,
 )
 MISSING = re.compile(r"NO_SUCH_BUCKET|NO_SUCH_KEY|RESOURCE_NOT_FOUND|Bucket '.*' not found|HTTP status 404")
 OF_THE_STORE = re.compile(  # what the clients say of a request; anything else that is wrong is wrong with the file
-    r"AWS Error|google::cloud|GCS|Azure|HDFS|HTTP|curl|connection|timed? ?out|unavailable|Read.* bytes", re.IGNORECASE
+    r"AWS Error|Server Error|google::cloud|GCS|Azure|HDFS|HTTP|curl|connection|timed? ?out|unavailable|Read.* bytes",
+    re.IGNORECASE,
 )
 
 T = TypeVar("T")
@@ -125,10 +129,14 @@ def answered(request: Callable[[], T], *, where: str, at: str, address: str) -> 
     """
     try:
         return request()
-    except (OSError, pa.ArrowException) as err:
+    except Exception as err:
+        if not (isinstance(err, (OSError, pa.ArrowException)) or type(err).__module__.startswith("http")):
+            raise
         reason = without_secrets(" ".join(str(err).split())[:300], address)
         if isinstance(err, FileNotFoundError) or MISSING.search(reason):
-            raise UserError(f"{where}: there is nothing at {at}: no such bucket, folder or file") from err
+            hub = "data set, revision or folder; for a private one set HF_TOKEN, or `hf auth login`"
+            what = hub if address.startswith("hf:") else "bucket, folder or file"
+            raise UserError(f"{where}: there is nothing at {at}: no such {what}") from err
         if REFUSED.search(reason):
             raise UserError(f"{where}: the store refuses: {reason}") from err
         if OF_THE_STORE.search(reason):
@@ -138,11 +146,34 @@ def answered(request: Callable[[], T], *, where: str, at: str, address: str) -> 
 
 def open_system(address: str) -> tuple[fs.FileSystem, str]:
     """Arrow's file system for an address, and the path in it."""
+    if address.startswith("hf:"):
+        return open_hub(address)
     limit = "retry_limit_seconds"
     if address.startswith(("gs:", "gcs:")) and limit not in address:
         address += f"{'&' if '?' in address else '?'}{limit}={GOOGLE_S}"
     system, path = fs.FileSystem.from_uri(address)
+    if system.type_name == "s3":  # `from_uri` knows the endpoint, but takes no number of attempts: it would be 30
+        _, (options,) = system.__reduce__()
+        few = {"retry_strategy": fs.AwsStandardS3RetryStrategy(max_attempts=S3_ATTEMPTS)}
+        system = fs.S3FileSystem(**options | few | {"request_timeout": S3_SILENT_S})
     return system, path
+
+
+def open_hub(address: str) -> tuple[fs.FileSystem, str]:
+    """The Hugging Face Hub's (HF_ENDPOINT says which, HF_TOKEN or `hf auth login` who asks)."""
+    from huggingface_hub import HfFileSystem  # timm brings it along
+
+    hub = HfFileSystem(endpoint=os.environ.get("HF_ENDPOINT"), skip_instance_cache=True)
+    return fs.PyFileSystem(Hub(hub)), address.removeprefix("hf://")
+
+
+class Hub(fs.FSSpecHandler):  # type: ignore[misc]
+    """Arrow's way to the hub's client."""
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        """What a folder holds; `isdir`, which Arrow asks, would take a hub that fails for one without the folder."""
+        self.fs.info(selector.base_dir)
+        return list(super().get_file_info_selector(selector))
 
 
 def open_root(address: str) -> StorePath:

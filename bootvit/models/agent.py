@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import Tensor, nn
+from torch.nn.grad import conv2d_input
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -48,11 +49,59 @@ class HeadTapConv(nn.Module):
         return F.conv2d(F.pad(x, self.pad), kernel, self.bias)
 
 
+class SameConv(nn.Conv2d):
+    """A 3x3 convolution that keeps the map's size. On the CPU the gradient of its weights is one matrix product."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, D, rows, cols) -> the same."""
+        plain = x.device.type != "cpu" or not self.training or torch.is_autocast_enabled("cpu")
+        if plain or torch.compiler.is_compiling():
+            return super().forward(x)
+        out: Tensor = _GatheredGradient.apply(x, self.weight, self.bias)
+        return out
+
+
+class _GatheredGradient(torch.autograd.Function):
+    """oneDNN's gradient of the weights takes half as long again as gathering each pixel's window and one product."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        (grad,) = grads
+        (rows, cols), width = x.shape[2:], x.shape[1]
+        padded = F.pad(x.permute(0, 2, 3, 1), (0, 0, 1, 1, 1, 1))
+        places = [padded[:, dy : dy + rows, dx : dx + cols] for dy in range(3) for dx in range(3)]
+        windows = torch.cat(places, -1).flatten(0, 2)  # (batch x rows x cols, 9 D)
+        pixels = grad.permute(0, 2, 3, 1).flatten(0, 2)  # (batch x rows x cols, D)
+        of_weight = (pixels.T @ windows).view(width, 3, 3, width).permute(0, 3, 1, 2)
+        of_x: Tensor = conv2d_input(x.shape, weight, grad, padding=1)  # type: ignore[no-untyped-call]
+        return of_x, of_weight, pixels.sum(0)
+
+
 class ConvMLP(nn.Sequential):
-    """Two 1x1 convolutions with GELU and dropout between."""
+    """Two 1x1 convolutions with GELU and dropout between, computed as matrix products over the pixels."""
 
     def __init__(self, width: int, hidden: int, dropout: float) -> None:
         super().__init__(nn.Conv2d(width, hidden, 1), nn.GELU(), nn.Dropout(dropout), nn.Conv2d(hidden, width, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(batch, D, rows, cols) -> the same; on maps that lie channels last nothing is copied."""
+        hidden = self[2](self[1](at_pixels(x.permute(0, 2, 3, 1), self[0])))
+        return at_pixels(hidden, self[3]).permute(0, 3, 1, 2)
+
+
+def at_pixels(x: Tensor, conv: nn.Module) -> Tensor:
+    """A 1x1 convolution of (batch, rows, cols, channels) as one matrix product."""
+    assert isinstance(conv, nn.Conv2d)
+    return F.linear(x, conv.weight.flatten(1), conv.bias)
 
 
 def recomputed(block: nn.Module, x: Tensor) -> Tensor:
@@ -106,22 +155,6 @@ class AgentBlock(nn.Module):
             x = x + self.path(self.drop(self.norm1(self.mixer(x))))
             x = x + self.path(self.drop(self.norm2(self.mlp(x))))
         return x
-
-
-def patch_stem(channels: int, width: int, patch: tuple[int, int]) -> nn.Module:
-    """(batch, channels, rows, cols) -> (batch, D, rows / patch, cols / patch)."""
-    return nn.Conv2d(channels, width, patch, stride=patch)
-
-
-def resnet_stem(channels: int, width: int, middle: int) -> nn.Module:
-    """7x7 stride 2, BN, GELU, max-pool stride 2, 3x3 stride 2: an eighth of the image's sides."""
-    return nn.Sequential(
-        nn.Conv2d(channels, middle, 7, stride=2, padding=3, bias=False),
-        nn.BatchNorm2d(middle),
-        nn.GELU(),
-        nn.MaxPool2d(3, stride=2, padding=1),
-        nn.Conv2d(middle, width, 3, stride=2, padding=1),
-    )
 
 
 class Agent(nn.Module):

@@ -1,15 +1,12 @@
-"""The student: timm's `VisionTransformer`, its block outputs, sparse attention and the reference's initial values.
-
-D width, H heads, K = D / H width of a head, N tokens.
-"""
+"""The student: timm's `VisionTransformer`, its block outputs and the reference's initial values."""
 
 import torch
-from entmax import entmax_bisect
 from timm.layers import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from bootvit.models import Features
+from bootvit.standalone.sparse import EntmaxAttention, scores_and_values, sparse_weights
 
 
 def vit_features(vit: VisionTransformer, images: Tensor) -> Features:
@@ -23,40 +20,10 @@ def vit_features(vit: VisionTransformer, images: Tensor) -> Features:
     return Features(logits, logits, maps)
 
 
-class EntmaxAttention(Attention):  # type: ignore[misc]
-    """timm's attention with alpha-entmax in the softmax's place and one learned alpha (Correia et al., 2019)."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self.alpha = nn.Parameter(torch.tensor(1.5))
-
-    def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
-        """(batch, N, D) -> (batch, N, D); masks are not supported."""
-        if attn_mask is not None or is_causal:
-            raise ValueError("entmax attention takes no mask")
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k, v = qkv.unbind(0)  # (batch, H, N, K) each
-        scores = (self.q_norm(q) * self.scale) @ self.k_norm(k).transpose(-2, -1)  # (batch, H, N, N)
-        weights = self.attn_drop(sparse_weights(scores, self.alpha).to(v.dtype))
-        mixed = (weights @ v).transpose(1, 2).flatten(2)  # (batch, N, D)
-        return self.proj_drop(self.proj(self.norm(mixed)))  # type: ignore[no-any-return]
-
-
-class FixedEntmaxAttention(EntmaxAttention):
-    """Sparse attention whose alpha is no parameter."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        del self.alpha
-        self.register_buffer("alpha", torch.tensor(1.5), persistent=False)
-
-
-def sparse_weights(scores: Tensor, alpha: Tensor) -> Tensor:
-    """Alpha-entmax over the last axis by 50 bisection steps, renormalised, in float32 at least: it needs the digits."""
-    with torch.autocast(scores.device.type, enabled=False):
-        scores = scores.float() if scores.dtype in (torch.bfloat16, torch.float16) else scores
-        rows = alpha.to(scores.dtype).expand(*scores.shape[:-1], 1)
-        return entmax_bisect(scores, rows, dim=-1, n_iter=50, ensure_sum_one=True)  # type: ignore[no-any-return]
+def attention_weights(attention: Attention, x: Tensor) -> Tensor:
+    """The weights that every head computes from `x` (batch, N, D): (batch, H, N, N), each row sums to one."""
+    scores, _ = scores_and_values(attention, x)
+    return sparse_weights(scores, attention.alpha) if isinstance(attention, EntmaxAttention) else scores.softmax(-1)
 
 
 @torch.no_grad()

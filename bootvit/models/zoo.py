@@ -16,19 +16,20 @@ from bootvit.models.agent import (
     AgentBlock,
     ConvMLP,
     HeadTapConv,
+    SameConv,
     TimmCNN,
     init_agent,
-    patch_stem,
-    resnet_stem,
 )
 from bootvit.models.shapes import Tap, ViTShape, agent_patch, agent_taps, mirrors, vit_shape
 from bootvit.models.shared import SharedMixer, SharedMLP
-from bootvit.models.vit import EntmaxAttention, FixedEntmaxAttention, init_as_reference
+from bootvit.models.vit import init_as_reference
+from bootvit.standalone.convolutions import patch_stem, resnet_stem
+from bootvit.standalone.sparse import EntmaxAttention, FixedEntmaxAttention
 
 
 def build_vit(config: Config, num_classes: int) -> VisionTransformer:
     """The student, freshly initialised; `bootvit.weights` loads the weights that the config names."""
-    model = timm.create_model(config.model.vit.name, num_classes=num_classes, **_vit_arguments(config))
+    model = timm.create_model(config.model.vit.name, num_classes=num_classes, **vit_arguments(config))
     if isinstance(model, VisionTransformerDistilled):
         model.set_distilled_training(True)
     if config.model.init == "reference":
@@ -37,7 +38,7 @@ def build_vit(config: Config, num_classes: int) -> VisionTransformer:
     return model
 
 
-def _vit_arguments(config: Config) -> dict[str, Any]:
+def vit_arguments(config: Config) -> dict[str, Any]:
     """What differs from the named model, as `timm.create_model` takes it."""
     vit, shape = config.model.vit, vit_shape(config.model.vit)
     sizes: dict[str, Any] = {"img_size": config.image_size}
@@ -66,7 +67,7 @@ def pretrained(config: Config, network: Network) -> nn.Module:
     """timm's own model with the weights of its hub, head included, in the config's sizes."""
     if network == "agent":
         return timm.create_model(config.model.agent.name, pretrained=True, in_chans=config.data.channels)  # type: ignore[no-any-return]
-    return timm.create_model(config.model.vit.name, pretrained=True, **_vit_arguments(config))  # type: ignore[no-any-return]
+    return timm.create_model(config.model.vit.name, pretrained=True, **vit_arguments(config))  # type: ignore[no-any-return]
 
 
 def build_agent(config: Config, num_classes: int, vit: VisionTransformer | None) -> Agent | TimmCNN:
@@ -82,9 +83,9 @@ def build_agent(config: Config, num_classes: int, vit: VisionTransformer | None)
         blocks = _own_blocks(config, shape)
     channels = config.data.channels
     stem = (
-        patch_stem(channels, shape.width, agent_patch(cfg, shape))
+        patch_stem(shape.width, agent_patch(cfg, shape), channels)
         if cfg.stem == "patch"
-        else resnet_stem(channels, shape.width, cfg.stem_width)
+        else resnet_stem(shape.width, cfg.stem_width, channels)
     )
     agent = Agent(stem, blocks, cfg.downsample, shape.width, num_classes)
     init_agent(agent, config.model.init)
@@ -101,7 +102,7 @@ def _own_blocks(config: Config, shape: ViTShape) -> list[AgentBlock]:
 
     def mixer() -> nn.Module:
         if cfg.name == "agent_small":
-            return nn.Conv2d(shape.width, shape.width, 3, padding=1)
+            return SameConv(shape.width)
         return HeadTapConv(shape.width, agent_taps(config))
 
     def mlp() -> nn.Module:

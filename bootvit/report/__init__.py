@@ -8,7 +8,7 @@ from bootvit.report.command import command
 from bootvit.report.from_mlflow import collect_mlflow
 from bootvit.report.rows import RunRow, collect_folders
 from bootvit.report.sweep import print_sweep, sweep_json, write_sweep_report
-from bootvit.report.tables import table
+from bootvit.report.tables import tables
 from bootvit.report.write import print_table, report_json, write_report
 
 __all__ = [
@@ -20,7 +20,7 @@ __all__ = [
     "print_table",
     "report_json",
     "sweep_json",
-    "table",
+    "tables",
     "write_report",
     "write_sweep_report",
 ]

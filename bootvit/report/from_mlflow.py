@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Iterator
 from difflib import get_close_matches
 from typing import Any
 
 from bootvit.addresses import public, without_secrets
 from bootvit.errors import UserError
-from bootvit.report.rows import Curve, RunRow, Split, longest
+from bootvit.report.rows import Points, RunRow, thinned
 from bootvit.tracking.store import connect, mlflow_available, sqlite_path
 
 STATUS = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "interrupted"}
@@ -71,6 +70,8 @@ def _row(client: Any, run: Any) -> RunRow:
         seconds=metrics.get("final/seconds"),
         gpu_seconds=metrics.get("final/gpu_seconds"),
         fingerprint=tags.get("bootvit.data_fingerprint", ""),
+        commit=tags.get("bootvit.git", ""),
+        ended=run.info.end_time and run.info.end_time / 1000,
     )
 
 
@@ -79,20 +80,26 @@ def _by_network(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     return {network: _value(metrics[name]) for network, name in names.items() if name in metrics}
 
 
-def _curves(client: Any, run: Any) -> dict[str, Curve]:
+def _curves(client: Any, run: Any) -> dict[str, Points]:
     """The epoch of a point is the metric `epoch` at its step: MLflow's points have steps only."""
-    names = [name for name in run.data.metrics if name.endswith("/top1") and not name.startswith("final")]
-    if not names:
+    shown = [
+        name
+        for name in run.data.metrics
+        if name.startswith(("test/", "held_out/", "train/")) and name.endswith(("/top1", "/loss", "/lr"))
+    ]
+    if not shown:
         return {}
     epochs = {point.step: point.value for point in client.get_metric_history(run.info.run_id, "epoch")}
-    found: dict[str, dict[Split, Curve]] = defaultdict(dict)
-    for name in names:
-        prefix, network, _ = name.split("/")
-        split: Split = "test" if prefix == "test" else "held_out"
+    steps_per_epoch = next((step / epoch for step, epoch in epochs.items() if epoch > 0), 0.0)
+    found: dict[str, Points] = {}
+    for name in shown:
         history = client.get_metric_history(run.info.run_id, name)
-        points = sorted((epochs[m.step], _value(m.value)) for m in history if m.step in epochs)
-        found[network][split] = Curve(split, tuple(points))
-    return {network: longest(curves) for network, curves in found.items()}
+        points = sorted((point.step, _value(point.value)) for point in history)
+        if name.startswith("train/"):
+            found[name] = thinned([(step / steps_per_epoch, value) for step, value in points if steps_per_epoch])
+        else:
+            found[name] = tuple((epochs[step], value) for step, value in points if step in epochs)
+    return found
 
 
 def _value(stored: float) -> float:

@@ -8,25 +8,23 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from statistics import fmean
+from typing import Any, Literal
 
 from bootvit.config import leaves, parse_yaml
 from bootvit.errors import UserError
 from bootvit.files import read_json
-from bootvit.remote import reading_copy
+from bootvit.remote import fetch_folder, reading_copy
 from bootvit.storage import Place, Store
-from bootvit.tracking.journal import parse_record
+from bootvit.tracking.journal import iter_journal
 from bootvit.tracking.tags import data_name, param_text
 
 Split = Literal["test", "held_out"]
 RUN_FILES = ("result.json", "metrics.jsonl", "lease.json")  # one of these beside config.yaml makes a run
 
 
-class Curve(NamedTuple):
-    """Accuracy over training."""
-
-    split: Split
-    points: tuple[tuple[float, float], ...]  # (epochs done, top-1 in percent)
+Points = tuple[tuple[float, float], ...]  # (epochs done, value)
+TIMES = 200  # points that a curve of training keeps: each is the mean of a part of the run
 
 
 @dataclass(frozen=True)
@@ -43,22 +41,21 @@ class RunRow:
     config: Mapping[str, str]  # flattened, values as `param_text` writes them
     test: Mapping[str, float] = field(default_factory=dict)  # empty where there is no test split
     held_out: Mapping[str, float] = field(default_factory=dict)
-    curves: Mapping[str, Curve] = field(default_factory=dict)  # by network
+    curves: Mapping[str, Points] = field(default_factory=dict)  # by the journal's names, such as test/vit/top1
     epochs: int = 0
     seconds: float | None = None
     gpu_seconds: float | None = None
     fingerprint: str = ""  # of the data
     reason: str = ""  # why it is not finished
+    images: Mapping[str, int] = field(default_factory=dict)  # how many: train, held_out, test
+    machine: str = ""
+    commit: str = ""
+    ended: float | None = None  # seconds since 1970
+    folder: Path | None = None  # with the run's files; None where they are not at hand
 
-    @property
-    def split(self) -> Split:
-        """What the run is judged by: the test split, else the images held out of the training set."""
-        return "test" if self.test else "held_out"
-
-    @property
-    def scores(self) -> Mapping[str, float]:
-        """Top-1 by network on `split`."""
-        return self.test or self.held_out
+    def scores(self, split: Split) -> Mapping[str, float]:
+        """Top-1 by network on a split; empty where it was not evaluated."""
+        return self.test if split == "test" else self.held_out
 
 
 def collect_folders(places: Sequence[Place]) -> list[RunRow]:
@@ -90,7 +87,9 @@ def _runs_in_store(top: Store) -> Iterator[Store]:
 
 def read_run_in_store(store: Store) -> RunRow:
     """A run in an object store, from a copy of what is small of it."""
-    return replace(read_run(reading_copy(store)), place=str(store))
+    copy = reading_copy(store)
+    fetch_folder(store, copy, "explain")
+    return replace(read_run(copy), place=str(store))
 
 
 def _run_folders(top: Path) -> Iterator[Path]:
@@ -107,7 +106,7 @@ def read_run(folder: Path) -> RunRow:
     config = read_config(folder / "config.yaml")
     path = folder / "result.json"
     result: dict[str, Any] = read_object(path) if path.exists() else {"status": "unfinished"}
-    curves = read_curves(folder / "metrics.jsonl")
+    curves, ended = read_curves(folder / "metrics.jsonl")
     try:
         return RunRow(
             name=str(result.get("name", config.get("name", folder.name))),
@@ -120,22 +119,27 @@ def read_run(folder: Path) -> RunRow:
             config=config,
             held_out=top1(result.get("held_out")),
             test=_test_scores(result, curves),
-            curves={network: longest(found) for network, found in curves.items()},
+            curves=curves,
             epochs=int(result.get("epochs") or 0),
             seconds=_number(result.get("seconds")),
             gpu_seconds=_number(result.get("gpu_seconds")),
             fingerprint=str(result.get("data_fingerprint") or ""),
             reason=str(result.get("reason") or ""),
+            images=dict(result.get("images") or {}),
+            machine=str(result.get("machine") or ""),
+            commit=str(result.get("git") or ""),
+            ended=ended,
+            folder=folder,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as err:
         raise UserError(f"{path}: not a run's result: {type(err).__name__}: {err}") from err
 
 
-def _test_scores(result: Mapping[str, Any], curves: Mapping[str, Mapping[Split, Curve]]) -> dict[str, float]:
+def _test_scores(result: Mapping[str, Any], curves: Mapping[str, Points]) -> dict[str, float]:
     """`final` is the held-out part's where the data set has no test split: then it is the same as `held_out`."""
     final: dict[str, Any] | None = result.get("final")
     held_out: dict[str, Any] | None = result.get("held_out")
-    tested = any("test" in found for found in curves.values())
+    tested = any(name.startswith("test/") for name in curves)
     return {} if final is None or (final == held_out and not tested) else top1(final)
 
 
@@ -144,27 +148,32 @@ def top1(scores: Mapping[str, Any] | None) -> dict[str, float]:
     return {network: float(values["top1"]) for network, values in (scores or {}).items()}
 
 
-def longest(found: Mapping[Split, Curve]) -> Curve:
-    """The curve with more points, the test split's if equal: a test set is often touched once, at the end."""
-    return max(found.values(), key=lambda curve: (len(curve.points), curve.split == "test"))
+def read_curves(path: Path) -> tuple[dict[str, Points], float | None]:
+    """What a journal says over epochs, by its names, and the time of its last record; complete lines only.
+
+    Evaluations are whole; of the many values of training parts of the run are averaged.
+    """
+    found: dict[str, dict[int, tuple[int, float]]] = defaultdict(dict)  # {name: {step: (epoch, value)}}
+    steps_per_epoch, ended = 0.0, None
+    for record, _ in iter_journal(path):
+        ended = record.time
+        if record.name == "epoch" and record.value > 0:
+            steps_per_epoch = record.step / record.value
+        elif record.name.startswith(("test/", "held_out/", "train/", "explain/")):
+            found[record.name][record.step] = record.epoch, record.value
+    return {
+        name: thinned([(step / steps_per_epoch, value) for step, (_, value) in values.items()])
+        if name.startswith("train/") and steps_per_epoch
+        else tuple((float(epoch + 1), value) for epoch, value in values.values())
+        for name, values in found.items()
+    }, ended
 
 
-def read_curves(path: Path) -> dict[str, dict[Split, Curve]]:
-    """Top-1 over epochs, by network and split; complete lines of a journal only."""
-    points: dict[tuple[str, Split], dict[float, float]] = defaultdict(dict)
-    if path.exists():
-        with path.open("rb") as file:
-            offset = 0
-            for line in file:
-                offset += len(line)
-                if b"/top1" in line and line.endswith(b"\n"):
-                    record = parse_record(line, path, offset)
-                    split, network, _ = record.name.split("/")
-                    points[network, "test" if split == "test" else "held_out"][record.epoch + 1] = record.value
-    curves: dict[str, dict[Split, Curve]] = defaultdict(dict)
-    for (network, split), values in points.items():
-        curves[network][split] = Curve(split, tuple(sorted(values.items())))
-    return dict(curves)
+def thinned(points: Sequence[tuple[float, float]]) -> Points:
+    """At most `TIMES` points: means of neighbours."""
+    size = -(-len(points) // TIMES)
+    parts = (points[first : first + size] for first in range(0, len(points), size))
+    return tuple((fmean(x for x, _ in part), fmean(y for _, y in part)) for part in parts)
 
 
 def read_config(path: Path) -> dict[str, str]:

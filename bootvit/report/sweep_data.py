@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from bootvit.errors import UserError
-from bootvit.report.rows import RunRow, read_config, read_object, top1
-from bootvit.report.tables import Column, Line, Table, average, line_order
+from bootvit.report.rows import RunRow, Split, read_config, read_object, read_run, top1
+from bootvit.report.tables import SPLITS, Column, Line, Table, made, short_keys
 from bootvit.tracking.tags import data_name, param_text
 
 
@@ -34,6 +35,8 @@ class Trial:
     cpu_seconds: float
     gpu_seconds: float
     run: str
+    folder: Path  # with its run's files
+    test_run: Path | None = None  # that of its retraining, which met the test set
 
     @property
     def method(self) -> str:
@@ -131,6 +134,8 @@ def _trial(folder: Path, data: Mapping[str, Any], cpus: float) -> Trial:
         cpu_seconds=seconds * cpus if cpu_seconds is None else float(cpu_seconds),
         gpu_seconds=float(data.get("gpu_seconds") or 0.0),
         run=str(run or ""),
+        folder=folder / str(run or f"trials/{data['id']}"),
+        test_run=folder / str(data["test_run"]) if data.get("test_run") else None,
     )
 
 
@@ -147,39 +152,43 @@ def _winner(group: str, data: Mapping[str, Any], trials: Sequence[Trial]) -> Win
 # --------------------------------------------------------------------------------------- method x fraction
 
 
-def winners_table(sweep: Sweep, *, held_out: bool = False) -> Table:
-    """The winners, by method, data set and fraction; on the test split where it was used, unless `held_out`."""
+def winners_tables(sweep: Sweep) -> tuple[Table, ...]:
+    """The winners by method, data set and fraction: on the test split where it was used, and held out."""
+    return tuple(part for split in SPLITS if (part := winners_table(sweep, split)).cells)
+
+
+def winners_table(sweep: Sweep, split: Split) -> Table:
+    """The winners' accuracy on one split."""
+    names = setting_names(sweep)
     used: dict[tuple[Line, Column], tuple[RunRow, ...]] = {}
     for winner in sweep.winners:
-        rows = _winner_rows(winner, held_out)
-        for network in rows[0].scores if rows else ():
+        rows = _winner_rows(winner, split)
+        for network in rows[0].scores(split) if rows else ():
             line = Line(rows[0].method, network, "")
             key = (line, Column(rows[0].data, rows[0].fraction))
             if key in used:  # groups that differ in more than method and fraction
-                key = (line._replace(variant=winner.group), key[1])
+                key = (line._replace(variant=group_text(winner.group, names)), key[1])
             used[key] = rows
-    return Table(
-        columns=tuple(sorted({column for _, column in used})),
-        lines=tuple(sorted({line for line, _ in used}, key=line_order)),
-        cells={key: average(key[0], rows) for key, rows in used.items()},
-        apart=(),
-        used=used,
-    )
+    return made(used, split)
 
 
-def _winner_rows(winner: Winner, held_out: bool) -> tuple[RunRow, ...]:
-    tested = [trial for trial in winner.trials if trial.final]
-    if held_out or not (tested or winner.final):
+def _winner_rows(winner: Winner, split: Split) -> tuple[RunRow, ...]:
+    if split == "held_out":
         return tuple(_row(trial, {}) for trial in winner.trials if trial.held_out)
+    tested = [trial for trial in winner.trials if trial.final]
     if tested:
         return tuple(_row(trial, trial.final) for trial in tested)
-    return tuple(_row(trial, winner.final) for trial in winner.trials[:1])
+    return tuple(_row(trial, winner.final) for trial in winner.trials[:1] if winner.final)
 
 
 def _row(trial: Trial, test: Mapping[str, float]) -> RunRow:
+    """A winner as a run; what its folder says besides belongs to the report only if it is still there."""
+    folder = trial.test_run if test and trial.test_run is not None else trial.folder
+    there = (folder / "config.yaml").exists() and (folder / "result.json").exists()
+    known = read_run(folder) if there else None
     column = trial.column
-    return RunRow(
-        name=trial.id,
+    plain = RunRow(
+        name=trial_name(trial.id),
         place=trial.run,
         method=trial.method,
         status=trial.status,
@@ -189,7 +198,48 @@ def _row(trial: Trial, test: Mapping[str, float]) -> RunRow:
         config=trial.config,
         test=test,
         held_out=trial.held_out,
+        epochs=trial.epochs,
+        seconds=trial.seconds,
+        gpu_seconds=trial.gpu_seconds,
+        folder=folder,
     )
+    if known is None:
+        return plain
+    about = ("curves", "images", "machine", "commit", "ended")
+    return replace(plain, **{name: getattr(known, name) for name in about})
+
+
+# --------------------------------------------------------------------------------------------- short names
+
+AXES = ("method", "data.fraction")  # which have columns of their own
+
+
+def setting_names(sweep: Sweep) -> dict[str, str]:
+    """The short names of the searched keys."""
+    return short_keys(sorted({key for trial in sweep.trials for key in trial.overrides}))
+
+
+def trial_name(name: str) -> str:
+    """The number that a trial's name begins with: `0003-fraction=0.1,kd=0.5,seed=0` is trial 3."""
+    number = re.match(r"\d+(?=-)", name)
+    return f"#{int(number[0])}" if number else name
+
+
+def settings_text(overrides: Mapping[str, Any], names: Mapping[str, str]) -> str:
+    """`kd=0.5, hint=1`: what was searched besides method and fraction."""
+    shown = {key: value for key, value in overrides.items() if key not in AXES}
+    return ", ".join(f"{names.get(key, key)}={number_text(value)}" for key, value in shown.items()) or "–"
+
+
+def group_text(group: str, names: Mapping[str, str]) -> str:
+    """A group's name with short keys."""
+    parts = [part.partition("=") for part in group.split(",")]
+    return ", ".join(f"{names.get(key, key)}{sign}{value}" for key, sign, value in parts)
+
+
+def number_text(value: Any) -> str:
+    """Drawn values have 16 digits, of which four say enough."""
+    return f"{value:.4g}" if isinstance(value, float) else param_text(value)
 
 
 # ---------------------------------------------------------------------------------------------------- cost

@@ -6,12 +6,13 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from bootvit.report.importance import Importances, is_number
-from bootvit.report.plots import COLOURS, colour, panels, save
-from bootvit.report.sweep_data import Sweep, Trial
+from bootvit.report.plots import COLOURS, MANY_LINES, colour, fraction_axis, legend, panels, save
+from bootvit.report.sweep_data import Sweep, Trial, setting_names
 from bootvit.tracking.tags import param_text
 
 UNSET = -0.12  # where a key that a trial does not have is drawn, below its axis
@@ -35,13 +36,15 @@ def plot_parallel(sweep: Sweep, path: Path) -> Path | None:
     if not sweep.searched() or not scored:
         return None
     trials = [trial for trial, _ in scored]
-    axes = [make_axis(key, [trial.overrides.get(key) for trial in trials]) for key in sweep.searched()]
+    names = setting_names(sweep)
+    axes = [make_axis(names[key], [trial.overrides.get(key) for trial in trials]) for key in sweep.searched()]
     axes.append(make_axis(f"{sweep.metric} (%)", [score for _, score in scored]))
     ranks = _ranks(sweep, scored)
     winners = {trial.id for winner in sweep.winners for trial in winner.trials}
     figure, panel = _parallel_canvas(len(axes))
+    spread = [spread_out(axis.places) for axis in axes]
     for index, trial in enumerate(trials):
-        places = [axis.places[index] for axis in axes]
+        places = [own[index] for own in spread]
         panel.plot(range(len(axes)), places, **_line_look(trial, ranks.get(trial.id), trial.id in winners))
     for position, axis in enumerate(axes):
         _draw_axis(panel, position, axis)
@@ -66,8 +69,8 @@ def _line_look(trial: Trial, rank: float | None, winner: bool) -> dict[str, Any]
     if rank is None:  # stopped or failed: its accuracy is of an earlier epoch
         return {"color": "#9AA5B5", "linewidth": 0.8, "linestyle": ":", "zorder": 1}
     if winner:
-        return {"color": colour(trial.method), "linewidth": 2.8, "zorder": 4, "solid_capstyle": "round"}
-    return {"color": colormaps["cividis"](0.95 * rank), "linewidth": 1.1, "alpha": 0.8, "zorder": 2 + rank}
+        return {"color": colour(trial.method), "linewidth": 2.2, "zorder": 4, "solid_capstyle": "round"}
+    return {"color": colormaps["cividis"](0.95 * rank), "linewidth": 1.2, "alpha": 0.9, "zorder": 2 + rank}
 
 
 def _draw_axis(panel: Any, position: int, axis: Axis) -> None:
@@ -83,7 +86,7 @@ def _parallel_legend(figure: Any, panel: Any, methods: set[str]) -> None:
     from matplotlib.cm import ScalarMappable
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], color=colour(m), linewidth=2.8, label=f"winner, {m}") for m in COLOURS if m in methods]
+    handles = [Line2D([], [], color=colour(m), linewidth=2.2, label=f"winner, {m}") for m in COLOURS if m in methods]
     handles.append(Line2D([], [], color="#9AA5B5", linestyle=":", label="stopped or failed"))
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False, fontsize=9)
     bar = figure.colorbar(ScalarMappable(cmap=colormaps["cividis"]), ax=panel, fraction=0.025, pad=0.02)
@@ -103,6 +106,20 @@ def _ranks(sweep: Sweep, scored: Sequence[tuple[Trial, float]]) -> dict[str, flo
         for members in groups.values()
         for place, (_, trial) in enumerate(sorted(members))
     }
+
+
+def spread_out(places: Sequence[float]) -> list[float]:
+    """Trials that meet an axis in one place side by side, a little apart, so that each line is seen."""
+    there: dict[float, list[int]] = defaultdict(list)
+    for index, place in enumerate(places):
+        there[place].append(index)
+    out = list(places)
+    gap = min((b - a for a, b in pairwise(sorted(there))), default=1.0)
+    width = min(0.1, 0.5 * gap)
+    for place, members in there.items():
+        for order, index in enumerate(members):
+            out[index] = place + width * ((order + 0.5) / len(members) - 0.5)
+    return out
 
 
 def make_axis(name: str, values: Sequence[Any]) -> Axis:
@@ -142,6 +159,51 @@ def _number_axis(values: Sequence[float]) -> tuple[dict[Any, float], list[tuple[
 
 def _finite(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None
+
+
+def plot_curves(sweep: Sweep, path: Path) -> Path | None:
+    """Held-out accuracy over fractions by line, with the power law and its prediction for all images."""
+    if not sweep.curves:
+        return None
+    names = setting_names(sweep)
+    figure, (axis,) = panels(1, height=4.0)
+    figure.set_figwidth(7.2)
+    handles: dict[str, Any] = {}
+    marked = {1.0}
+    for place, curve in enumerate(sweep.curves[:MANY_LINES]):
+        x = [point["fraction"] for point in curve["points"]]
+        y = [point["top1"] for point in curve["points"]]
+        own = line_colour(str(curve["line"]), place)
+        name = line_text(str(curve["line"]), names)
+        handles[name] = axis.plot(x, y, color=own, marker="o", markersize=4, linewidth=1.6)[0]
+        marked |= set(x)
+        guess = curve.get("all_images")
+        if guess:
+            _draw_guess(axis, (x[-1], y[-1]), guess, own, 1 + 0.03 * (place - len(sweep.curves) / 2))
+    fraction_axis(axis, sorted(marked))
+    axis.set_ylabel("held-out top-1 accuracy (%)", fontsize=9)
+    legend(figure, handles)
+    return save(figure, path)
+
+
+def _draw_guess(axis: Any, last: tuple[float, float], guess: Mapping[str, Any], own: str, dodge: float) -> None:
+    axis.plot([last[0], dodge], [last[1], guess["top1"]], color=own, linestyle=":", linewidth=1.4)
+    low, high = (guess["top1"] if guess.get(end) is None else guess[end] for end in ("low", "high"))
+    errors = [[max(guess["top1"] - low, 0)], [max(high - guess["top1"], 0)]]
+    look = {"capsize": 4, "elinewidth": 1.2, "markersize": 5, "markerfacecolor": "white"}
+    axis.errorbar([dodge], [guess["top1"]], yerr=errors, color=own, marker="D", **look)
+
+
+def line_colour(line: str, place: int) -> str:
+    """A method's own; without a method one after the other."""
+    method = next((part.removeprefix("method=") for part in line.split() if part.startswith("method=")), None)
+    return colour(method) if method in COLOURS else list(COLOURS.values())[place % len(COLOURS)]
+
+
+def line_text(line: str, names: Mapping[str, str]) -> str:
+    """A curve's name with short keys; a method stands for itself."""
+    parts = [part.partition("=") for part in line.split()]
+    return ", ".join(value if key == "method" else f"{names.get(key, key)}{sign}{value}" for key, sign, value in parts)
 
 
 def plot_importance(found: Importances, path: Path) -> Path | None:

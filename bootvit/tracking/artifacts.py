@@ -37,9 +37,16 @@ def ended_early(config: Config, run_dir: Path) -> bool:
     return config.schedule.patience is not None and result.exists() and read_result(result)["status"] == "finished"
 
 
+def needed(config: Config, run_dir: Path) -> list[Saved]:
+    """Those checkpoints, and the final one, of which the model is made."""
+    saved = checkpoint.described(run_dir / "checkpoints")[-1:]
+    model = [one for one in saved if config.tracking.model and (one.final or ended_early(config, run_dir))]
+    return [*chosen(config, run_dir), *model]
+
+
 def size_of(config: Config, run_dir: Path) -> int:
-    """Bytes of those checkpoints; without the optimiser's moments they are fewer."""
-    return sum(one.path.stat().st_size for one in chosen(config, run_dir) if one.path.exists())
+    """Bytes of what is sent of them, at most: without the optimiser's moments it is less."""
+    return sum(one.path.stat().st_size for one in needed(config, run_dir) if one.path.exists())
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from bootvit.tracking.store import sqlite_path
 
 PATIENCE_S = 15.0  # at the end of a run, for what MLflow has not got yet
 LOCAL_S = 60.0  # more, for an SQLite file: there this machine works, nobody is waited for
+MODEL_S = 30.0  # more, for a model that is logged: MLflow imports much for it
 UPLOAD_BYTES_PER_S = 4e6  # more, for the upload of a checkpoint that is at least so fast
 
 
@@ -49,7 +50,8 @@ class Follower:
         return wait_for(self._thread, self._patience(), self._run.folder)
 
     def _patience(self) -> float:
-        return patience(self._run.uri) + self._run.upload_size() / UPLOAD_BYTES_PER_S
+        model = MODEL_S if self._run.logs_model() else 0.0
+        return patience(self._run.uri) + model + self._run.upload_size() / UPLOAD_BYTES_PER_S
 
     def _work(self) -> None:
         self._run.connect()

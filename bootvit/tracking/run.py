@@ -12,6 +12,7 @@ from typing import Any
 from bootvit import checkpoint
 from bootvit.addresses import public, public_address
 from bootvit.config import Config, dump_config
+from bootvit.errors import UserError
 from bootvit.tracking.artifacts import chosen, files_of, size_of
 from bootvit.tracking.journal import iter_journal
 from bootvit.tracking.link import Status
@@ -19,6 +20,8 @@ from bootvit.tracking.store import tracking_uri
 from bootvit.tracking.tags import DIGEST_LIMIT, flat_params
 from bootvit.tracking.tracked import REASON, Point, TrackedRun
 
+NOTE = "mlflow.note.content"
+NOTE_HEAD = "| network | images | top-1 % | top-5 % |"
 TAIL = sys.maxsize  # a step: all of the journal
 
 
@@ -49,6 +52,7 @@ class MlflowRun(TrackedRun):
         self._journal_inode = -1  # a journal that was cut is another file: read it again from its start
         self._dataset_sent = self._config_sent = False
         self._finishing = False
+        self._kind, self._note = tags.get("bootvit.kind"), ""
         super().__init__(
             run_dir,
             tracking_uri(config.tracking.uri),
@@ -71,8 +75,13 @@ class MlflowRun(TrackedRun):
         self._note_end(status, at)
 
     def upload_size(self) -> int:
-        """Bytes, at most, of the checkpoints that become artifacts if the run ends now."""
+        """Bytes, at most, of what becomes artifacts if the run ends now: checkpoints and a model."""
         return size_of(self._config, self.folder)
+
+    def logs_model(self) -> bool:
+        """Whether the run has a model to log, if it has finished: trials of a sweep have none."""
+        rgb = self._config.data.channels == 3  # what serves it reads RGB
+        return self._config.tracking.model and rgb and self._kind != "trial"
 
     def finish(self, status: Status, result: Mapping[str, Any], at: float | None = None) -> bool:
         """Ship the rest and the final numbers, set the status and the end (`at`, None: now), then upload artifacts.
@@ -85,6 +94,7 @@ class MlflowRun(TrackedRun):
     def _on_connect(self, run: Any) -> None:
         self._offset = 0
         self._dataset_sent = self._config_sent = False
+        self._kind, self._note = run.data.tags.get("bootvit.kind"), run.data.tags.get(NOTE, "")
         if self._link.ended in ("FAILED", "KILLED") and not self._finishing:  # a resumed run goes on
             self._reopen()
 
@@ -102,6 +112,8 @@ class MlflowRun(TrackedRun):
             self._config_sent = True
         if ending:
             self._send_files()
+            if ending == "FINISHED" and self.logs_model():
+                self._send_model()
             self._close()
 
     def _ship(self, covered: int) -> None:
@@ -138,6 +150,9 @@ class MlflowRun(TrackedRun):
             self._tags["bootvit.data_fingerprint"] = str(result["data_fingerprint"])
             self._send_tags({"bootvit.data_fingerprint": self._tags["bootvit.data_fingerprint"]})
             self._send_dataset()
+        note = described(result)
+        if note and (not self._note or self._note.startswith(NOTE_HEAD)):  # what somebody has written there stays
+            self._send_tags({NOTE: note})
         self._terminate(status)
 
     def _send_files(self) -> None:
@@ -149,8 +164,23 @@ class MlflowRun(TrackedRun):
                 for file in files:
                     self._send_file(file, "checkpoints")
 
+    def _send_model(self) -> None:
+        """The model that MLflow serves, and its registered version; what is wrong with it does not stop the rest."""
+        from bootvit.tracking.model import log_model, register_model
+
+        final = checkpoint.newest(self.folder / "checkpoints")
+        if final is None or not final.final:  # gone, or damaged, which is said where it is uploaded
+            return
+        try:
+            model = log_model(self._client, str(self.run_id), self._config, self.folder, final.step)
+        except UserError as err:
+            print(f"bootvit: warning: MLflow has no model of this run: {err}", file=sys.stderr)
+            return
+        if self._config.tracking.register is not None:
+            register_model(self._client, self._config.tracking.register, model, str(self.run_id))
+
     def _send_dataset(self) -> None:
-        """The data set as an MLflow input; the same one twice is stored once."""
+        """The data sets of training and evaluation as MLflow inputs; the same one twice is stored once."""
         fingerprint = self._tags.get("bootvit.data_fingerprint")
         if not fingerprint or self._dataset_sent:
             return
@@ -160,10 +190,29 @@ class MlflowRun(TrackedRun):
         root = data.root and public_address(data.root)
         source = json.dumps({"source": data.source, "root": root, "fraction": data.fraction})
         name = self._tags.get("bootvit.data", data.source)
-        dataset = Dataset(name=name, digest=fingerprint[:DIGEST_LIMIT], source_type="local", source=source)
-        inputs = [DatasetInput(dataset, [InputTag("mlflow.data.context", "training")])]
+        digest = fingerprint[:DIGEST_LIMIT]
+        inputs = [  # one data set has one context in a run, so the images that are evaluated are another one
+            DatasetInput(
+                Dataset(name=title, digest=digest, source_type="local", source=source),
+                [InputTag("mlflow.data.context", context)],
+            )
+            for title, context in ((name, "training"), (f"{name} evaluation", "evaluation"))
+        ]
         self._client.log_inputs(self.run_id, inputs)
         self._dataset_sent = True
+
+
+def described(result: Mapping[str, Any]) -> str:
+    """The run's table in Markdown, for its page in MLflow; empty without an accuracy."""
+    rows = [
+        f"| {net} | {where} | {values['top1']:.2f} | {values['top5']:.2f} |"
+        for where, key in (("evaluation", "final"), ("held out", "held_out"))
+        for net, values in (result.get(key) or {}).items()
+    ]
+    if not rows:
+        return ""
+    about = f"{result['method']}, {100 * result['fraction']:g}% of the training images, {result['epochs']} epochs"
+    return "\n".join([NOTE_HEAD, "| --- | --- | ---: | ---: |", *rows, "", about])
 
 
 def covered_step(run_dir: Path) -> int:

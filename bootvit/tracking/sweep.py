@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bootvit.addresses import public, public_address, without_secrets
-from bootvit.tracking.link import RunLink, Status
-from bootvit.tracking.store import connect, mlflow_available, time_to_upload, tracking_uri
+from bootvit.addresses import public
+from bootvit.tracking.link import Status
 from bootvit.tracking.tags import param_text, source_version
 from bootvit.tracking.tracked import Point, TrackedRun
 
@@ -129,21 +127,3 @@ def best_table(best: Mapping[str, Any]) -> dict[str, Any]:
 def safe_name(group: str) -> str:
     """A group as part of a metric's or a tag's name: MLflow knows letters, digits and `_ - . space : /`."""
     return re.sub(r"[^\w\-. :/]", "_", group.replace("=", ":"), flags=re.ASCII)[:150]
-
-
-def attach_to_sweep(sweep_dir: Path, files: Sequence[Path]) -> None:
-    """Attach a report to the sweep's parent run, whether or not the sweep still runs; a warning if MLflow fails."""
-    path = sweep_dir / "mlflow.json"
-    if not path.exists() or not mlflow_available():
-        return
-    link = RunLink.load(path)
-    uri = link.uri
-    try:
-        uri = tracking_uri(link.uri or None)  # with what a password has been left out of it
-        client = connect(uri)
-        for file in files if link.run_id else ():
-            with time_to_upload(file.stat().st_size):
-                client.log_artifact(link.run_id, str(file), "report")
-    except Exception as err:  # the report is on disk: MLflow's absence does not spoil it
-        reason = without_secrets(" ".join(str(err).split()), uri)[:200]
-        print(f"bootvit: warning: the report is not in MLflow at {public_address(uri)}: {reason}", file=sys.stderr)

@@ -13,10 +13,12 @@ from pathlib import Path
 
 import pytest
 from helpers import TINY, tiny, write
+from store_proxy import Proxy, client
 
 from bootvit.config import dump_config
 from bootvit.errors import UserError
 from bootvit.load import make_config
+from bootvit.storage import Store
 from cluster.local import LocalCluster, has_namespaces
 from cluster.probe import Place, answerer, compare, marked, places_of, reads
 
@@ -47,6 +49,28 @@ def test_a_folder_that_is_written_to_is_marked_while_it_is_asked_for(tmp_path: P
         assert answerer()(asked)["wrong"] == ["No such file or directory"] * 2
     assert seen(new) is None
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_marked_while_it_is_asked_for(s3: Proxy) -> None:
+    client(s3).create_bucket(Bucket="probed")
+    place = Store("s3://probed/not/yet")
+    (asked_for,) = places_of(tiny(ray__storage_path=place.address))
+    assert (asked_for.path, asked_for.written) == (place, True)
+    with marked([asked_for]) as asked:
+        assert [item.name for item in place.list()] == [asked[0][1]]
+        assert answerer()(asked)["wrong"] == [None]
+        s3.spoil = lambda method, path: "403" if method == "GET" else None
+        assert "the store refuses" in answerer()(asked)["wrong"][0]
+        s3.clear()
+        place.delete(asked[0][1])
+        assert answerer()(asked)["wrong"] == ["it is another folder"]
+    assert place.list() == []
+    line = (
+        rf"^ray\.storage_path={place}: node 10\.0\.0\.2 does not see {place} \(gone\): set there what the store's own"
+    )
+    mine = {"wrong": [None], "code": "y", "packages": {}}
+    with pytest.raises(UserError, match=line):
+        compare("10.0.0.2", [asked_for], mine, mine | {"wrong": ["gone"]})
 
 
 def test_what_is_read_must_be_there(tmp_path: Path) -> None:

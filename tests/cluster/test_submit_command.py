@@ -73,6 +73,16 @@ def test_runs_must_outlive_the_job(folder: Path, verb: tuple[str, str], storage:
     assert "add ray.storage_path=/" in refused(*verb, storage, "tracking.enabled=false")
 
 
+@pytest.mark.parametrize("verb", [("train", "tiny.yaml"), ("sweep", "sweep.yaml")])
+def test_places_may_be_addresses(folder: Path, verb: tuple[str, str]) -> None:
+    words = [*verb, "ray.storage_path=s3://bucket/runs", "data.source=parquet", "tracking.enabled=false"]
+    for root in ("s3://bucket/data", "hf://datasets/me/small"):
+        command = check_command([*words, f"data.root={root}"], {})
+        assert set(words[2:]) | {f"data.root={root}"} <= set(command.words)
+    assert "an address holds no user" in refused(*verb, "ray.storage_path=s3://me:secret@bucket/runs")
+    assert "it names no bucket" in refused(*verb, "ray.storage_path=s3:///runs", "tracking.enabled=false")
+
+
 @pytest.mark.parametrize("key", ["data.root", "model.vit.weights"])
 def test_inputs_must_be_where_the_job_finds_them(folder: Path, key: str) -> None:
     assert f"{key}=here is relative" in refused("train", "tiny.yaml", f"{key}=here", *GOOD)

@@ -55,6 +55,17 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Config:
     return config(seed=1, source="parquet", root=tmp_path, image_size=32, held_out=0.3, **common)
 
 
+def test_images_that_stay_on_the_device_are_the_same_batches(run: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    splits = open_splits(run.data)
+    subset = splits.held_out or splits.test
+    apart = [joined(training(run).epoch(1, start=1)), joined(evaluation(subset, run, rank=1, world=2))]
+    monkeypatch.setattr("bootvit.data.loaders.fits", lambda size, device: True)
+    resident = [joined(training(run).epoch(1, start=1)), joined(evaluation(subset, run, rank=1, world=2))]
+    for one, two in zip(apart, resident, strict=True):
+        assert torch.equal(one[0], two[0])
+        assert torch.equal(one[1], two[1])
+
+
 def test_two_and_three_ranks_together_equal_one(run: Config) -> None:
     whole = list(training(run).epoch(2))
     for world in (2, 3):

@@ -11,7 +11,8 @@ from bootvit.data import Preparation
 from bootvit.data.augment import pad_crop_flip
 from bootvit.data.batches import preprocess
 from bootvit.data.randomness import permutation, uniforms
-from bootvit.data.resize import area_box, area_crop, centre_crop, resize_batch
+from bootvit.data.resize import area_box, area_crop, resize_batch
+from bootvit.standalone.images import centre_crop
 
 
 def noise(seed: int, *shape: int) -> np.ndarray:

@@ -239,7 +239,7 @@ def test_damage_in_a_store_names_the_file(store: tuple[Proxy, Path]) -> None:
         ("s3:/b/x", "parquet", "not an address of an object store, which begins with one of s3://"),
         ("S3://b/x", "parquet", "write s3://"),
         ("s3a://b/x", "parquet", "not an address of an object store"),
-        ("hf://datasets/a/b", "parquet", "not an address of an object store"),
+        ("hf://a/b", "parquet", "expected hf://datasets/OWNER/NAME"),
         ("https://b/x", "parquet", "not an address of an object store"),
         ("file://host/x", "parquet", "not an address of an object store"),
         ("s3://b/x", "imagefolder", "data.source=imagefolder needs a folder"),

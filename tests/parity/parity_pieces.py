@@ -22,14 +22,15 @@ from bootvit.data.sources import IMAGENET
 from bootvit.data.table import RGB
 from bootvit.errors import UserError
 from bootvit.learner import Counts, Learner, World, count
-from bootvit.models.agent import HeadTapConv, resnet_stem
+from bootvit.models.agent import HeadTapConv
 from bootvit.models.shapes import head_taps
 from bootvit.models.shared import SharedMixer
-from bootvit.models.vit import sparse_weights
 from bootvit.objective import block_hint, kd_loss
 from bootvit.optim import learning_rate
 from bootvit.reference.files import Node
 from bootvit.reference.training import SOURCES, read_schedule
+from bootvit.standalone.convolutions import resnet_stem
+from bootvit.standalone.sparse import sparse_weights
 
 EIGHT_BITS = 1e-6  # preprocessing, recorded in float32
 
@@ -135,7 +136,7 @@ def check_hint(case: Case, name: str) -> None:
 
 def check_stem(case: Case, middle: int) -> None:
     """The ResNet-like stem in eval mode."""
-    stem = resnet_stem(3, case.tensors["input.stem.conv2.bias"].shape[0], middle).to(case.device).double().eval()
+    stem = resnet_stem(case.tensors["input.stem.conv2.bias"].shape[0], middle).to(case.device).double().eval()
     places = {"conv1": "0", "norm": "1", "conv2": "4"}
     names = [key.removeprefix("input.stem.") for key in case.tensors if key.startswith("input.stem.")]
     stem.load_state_dict({f"{places[n.split('.')[0]]}.{n.split('.')[1]}": case.input(f"stem.{n}") for n in names})

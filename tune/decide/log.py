@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from bootvit.errors import RunFailed, UserError, naming
+from bootvit.errors import UserError, naming
 from bootvit.files import read_json, write_atomic, write_json
+from bootvit.remote import TakenOver
 from tune.spec.space import Setting, Spec
 
 Event = dict[str, Any]
@@ -22,8 +23,9 @@ ENDED: tuple[Status, ...] = ("finished", "stopped", "failed")
 class Log:
     """Appends events; the lease sees to it that a driver that was overtaken stops."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self._lease = path, secrets.token_hex(8)
+    def __init__(self, path: Path, send: Callable[[str], None] | None = None) -> None:
+        """`send` puts an event where the sweep is, if that is not here."""
+        self.path, self._send, self._lease = path, send, secrets.token_hex(8)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._held = path.with_name(f"{path.stem}.lease.json")
         write_json(self._held, {"id": self._lease})
@@ -31,11 +33,14 @@ class Log:
         write_atomic(path, "".join(f"{json.dumps(event)}\n" for event in self.events).encode())
 
     def write(self, event: Event) -> None:
-        """Append an event and flush it; `RunFailed` if another driver has taken the sweep over."""
+        """Append an event and flush it; `TakenOver` if another driver has taken the sweep over."""
         if read_json(self._held)["id"] != self._lease:
-            raise RunFailed(f"{self.path.parent}: another process has taken over this sweep; this one stops")
+            raise TakenOver(f"{self.path.parent}: another process has taken over this sweep; this one stops")
+        line = f"{json.dumps(event)}\n"
+        if self._send is not None:
+            self._send(line)
         with naming(self.path), self.path.open("a", encoding="utf-8") as file:
-            file.write(f"{json.dumps(event)}\n")
+            file.write(line)
             file.flush()
             os.fsync(file.fileno())
 

@@ -70,7 +70,7 @@ class Study:
 
     def _renew(self) -> None:
         """A new study that knows what the old one was told."""
-        print(f"{self._sweep.folder}: this version of Optuna suggests other trials; a new study has those that ended")
+        print(f"{self._sweep.place}: this version of Optuna suggests other trials; a new study has those that ended")
         self._renewed = True
         self._study = self._make(self.asked)
         self._open = dict.fromkeys(self._open)

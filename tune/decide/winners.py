@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from bootvit.config import Config, override
+from bootvit.storage import address_of
 from tune.decide.log import Event, Trial, Trials, spec_event
 from tune.decide.select import Score, scores
 from tune.spec.schema import BudgetConfig, SchedulerConfig, SearchConfig, Sweep
@@ -56,5 +57,5 @@ def test_config(sweep: Sweep, config: Config) -> Config:
     """What a winner's trial becomes: itself, or a run of its own on the held-out images too."""
     if sweep.file.test == "trial":
         return config
-    folder = str(sweep.folder / "winners")
-    return override(config, {"data": {"held_out": 0.0}, "ray": {"storage_path": folder}})
+    place = address_of(sweep.place / "winners")
+    return override(config, {"data": {"held_out": 0.0}, "ray": {"storage_path": place}})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -17,7 +18,7 @@ def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> N
     `fork.json` is written last: only with it the copy has happened.
     """
     mark = run_dir / "fork.json"
-    if mark.exists() and read_json(mark)["epoch"] >= epoch:
+    if mark.exists() and is_copied(mark.read_bytes(), epoch):
         return
     saved = next(s for s in checkpoint.described(donor_dir / "checkpoints") if (s.epoch, s.batch) == (epoch, 0))
     old, new = run_dir / "checkpoints", run_dir / ".checkpoints.new"
@@ -30,4 +31,14 @@ def copy_member(run_dir: Path, donor_dir: Path, config: Config, epoch: int) -> N
         shutil.rmtree(old)
     new.rename(old)
     write_atomic(run_dir / "config.yaml", dump_config(config).encode())
-    write_json(mark, {"epoch": epoch, "donor": donor_dir.name})
+    write_atomic(mark, mark_copied(epoch, donor_dir.name))
+
+
+def mark_copied(epoch: int, donor: str) -> bytes:
+    """`fork.json`."""
+    return f"{json.dumps({'epoch': epoch, 'donor': donor})}\n".encode()
+
+
+def is_copied(mark: bytes, epoch: int) -> bool:
+    """Whether the copy of so many epochs has happened."""
+    return bool(json.loads(mark)["epoch"] >= epoch)

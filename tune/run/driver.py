@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from bootvit.addresses import public
 from bootvit.config import Config, override
-from bootvit.errors import UserError
+from bootvit.errors import RunFailed, UserError
+from bootvit.heartbeat import Heartbeat, check_nobody_writes
+from bootvit.remote import TakenOver
 from bootvit.runs import claim
+from bootvit.storage import Store
 from bootvit.tracking import check_tracking
 from tune.decide.budget import Budget, Spent
 from tune.decide.conductor import Conductor
@@ -20,10 +23,10 @@ from tune.decide.log import ENDED, Log, Trial, read_events
 from tune.decide.search import make_source
 from tune.decide.stopping import Stopper
 from tune.run.capacity import Room, actor_resources, check_resources, start_ray
-from tune.run.copying import copy_member
 from tune.run.data import check_data, plan
-from tune.run.folder import check_folder, check_place, claim_folder, read_state
+from tune.run.folder import check_folder, claim_folder, read_state
 from tune.run.job import Job
+from tune.run.kept import SweepFolder, open_folder
 from tune.run.recording import Recording
 from tune.run.tune_searchers import check_searcher, searcher_of
 from tune.run.winners import TEST_LOG, Tests
@@ -43,6 +46,7 @@ class How(NamedTuple):
     resume: bool = False
     overwrite: bool = False
     retry_failed: bool = False
+    take_over: bool = False  # also from a driver that is alive
     callbacks: Sequence[Any] = ()  # of Tune's, beside those that the file names
 
 
@@ -61,11 +65,11 @@ def run_sweep(name: str, overrides: Sequence[str] = (), how: How = AS_NEW, *, dr
     epochs = max(config.schedule.epochs for config in configs)
     del configs  # one for every trial, and not needed while they run
     if check_folder(sweep, resume=how.resume, overwrite=how.overwrite, retry_failed=how.retry_failed) == "finished":
-        print(f"{sweep.folder} is finished; nothing to do")
-        Driver(sweep, epochs, how).catch_up()
-        return exit_status(read_state(sweep.folder))
-    run(sweep, epochs, how)
-    return exit_status(read_state(sweep.folder))
+        print(f"{sweep.place} is finished; nothing to do")
+        Driver(*open_folder(sweep, anew=False), epochs, how).catch_up()
+    else:
+        run(sweep, epochs, how)
+    return exit_status(read_state(sweep.place))
 
 
 def sweep(
@@ -75,6 +79,7 @@ def sweep(
     resume: bool = False,
     overwrite: bool = False,
     retry_failed: bool = False,
+    take_over: bool = False,
     callbacks: Sequence[Any] = (),
 ) -> ResultGrid:
     """Run a sweep to its end, as `bootvit sweep` does, and return Tune's results: one for every trial that was begun.
@@ -83,13 +88,12 @@ def sweep(
     """
     found, configs = checked(name, overrides)
     epochs = max(config.schedule.epochs for config in configs)
-    return run(found, epochs, How(resume, overwrite, retry_failed, callbacks))
+    return run(found, epochs, How(resume, overwrite, retry_failed, take_over, callbacks))
 
 
 def checked(name: str, overrides: Sequence[str]) -> tuple[Sweep, list[Config]]:
     """A sweep file with the configs that it leads to, all of which can run."""
     sweep = load_sweep(name, overrides)
-    check_place(sweep)
     check_tracking(sweep.base)
     configs = check_space(sweep)
     check_resources(sweep)
@@ -110,9 +114,14 @@ def run(sweep: Sweep, epochs: int, how: How) -> ResultGrid:
         callbacks = make_callbacks(sweep, how.callbacks)
         room = Room(sweep)
         if state == "finished":
-            return Driver(sweep, epochs, how).results(room)
+            return Driver(*open_folder(sweep, anew=False), epochs, how).results(room)
+        if (how.resume or how.overwrite or how.retry_failed) and not how.take_over:
+            check_nobody_writes(sweep.place)
+        sweep, folder = open_folder(sweep, anew=state == "absent")
         claim_folder(sweep, state)
-        return Driver(sweep, epochs, how).run(room, callbacks)
+        folder.put(sweep.folder / "sweep.yaml")
+        with Heartbeat(sweep.place):
+            return Driver(sweep, folder, epochs, how).run(room, callbacks)
     finally:
         if connected:
             stop_ray()
@@ -126,20 +135,22 @@ def exit_status(document: Document) -> int:
 class Driver:
     """One process's work on a sweep, from its log's last event to the end."""
 
-    def __init__(self, sweep: Sweep, epochs: int, how: How) -> None:
-        self._sweep, self._how = sweep, how
-        self._recording = Recording(sweep, self.config)
+    def __init__(self, sweep: Sweep, folder: SweepFolder, epochs: int, how: How) -> None:
+        self._sweep, self._folder, self._how = sweep, folder, how
+        self._recording = Recording(sweep, folder, self.config)
         self._tests: Tests | None = None
         self._spent = tests_spent(sweep)
         self._conductor = Conductor(
             sweep,
-            Log(sweep.folder / "events.jsonl"),
+            Log(events := sweep.folder / "events.jsonl", folder.sender(events)),
             make_source(sweep, searcher_of(sweep)),
             Stopper(sweep, epochs),
             Budget(sweep.file.budget, sweep.gpus, self._spent),
             on_end=self._trial_ended,
             on_copy=self._copy,
         )
+        ended = [self.config(trial) for trial in self._conductor.trials.values() if trial.status in ENDED]
+        folder.fetch(*map(folder.run_dir, ended))
 
     def run(self, room: Room, callbacks: Sequence[Any]) -> ResultGrid:
         """Everything; what is left undone by an interruption or an error is on disk, and `--resume` goes on from it."""
@@ -153,10 +164,15 @@ class Driver:
             self._run_tests(room)
             self._recording.close()
         except BaseException as err:
+            if isinstance(err, TakenOver):  # what is written down is the other one's
+                raise
             interrupted = isinstance(err, KeyboardInterrupt)
-            print(f"{self._sweep.folder}: the same command with --resume goes on", file=sys.stderr)
-            document = self._write("interrupted" if interrupted else "failed", one_line(err))
-            self._recording.finish("KILLED" if interrupted else "FAILED", document, [])
+            print(f"{self._sweep.place}: the same command with --resume goes on", file=sys.stderr)
+            try:
+                document = self._write("interrupted" if interrupted else "failed", one_line(err))
+                self._recording.finish("KILLED" if interrupted else "FAILED", document, [])
+            except RunFailed as second:  # the store, of which the first one tells as well
+                print(f"bootvit: warning: {second}", file=sys.stderr)
             raise
         document = self._write("finished", self._tests.untested if self._tests else None)
         files = self._recording.report()
@@ -207,7 +223,8 @@ class Driver:
 
     def _job(self, trial: Trial) -> Job:
         config = self.config(trial)
-        claim(config, resume=True, overwrite=False)  # before Tune puts anything there
+        if not isinstance(self._sweep.place, Store):
+            claim(config, resume=True, overwrite=False)  # before Tune puts anything there
         self._recording.started(trial)
         metric = metric_of(config, self._sweep.file.select.metric)
         return Job(config.model_dump(mode="json"), metric, "never", self._sweep.cpus, trial.epochs)
@@ -218,14 +235,13 @@ class Driver:
         self._recording.say_end(trial, self._conductor.trials)
 
     def _copy(self, member: Trial, donor: Trial, epoch: int) -> None:
-        config = self.config(member)
-        copy_member(config.run_dir, self.config(donor).run_dir, config, epoch)
+        self._folder.copy_member(self.config(member), self.config(donor), epoch)
 
     # --------------------------------------------------------------------------------------------- the test
 
     def _make_tests(self) -> Tests:
         self._recording.close()  # nothing may write to a winner's run any more
-        self._tests = Tests(self._sweep, self._conductor.trials, self.config, self._recording)
+        self._tests = Tests(self._sweep, self._folder, self._conductor.trials, self.config, self._recording)
         self._tests.on_end = lambda: self._write("running")  # type: ignore[assignment]
         return self._tests
 
@@ -256,9 +272,7 @@ class Driver:
         known = self._conductor.trials.values()
         over = sum(trial.status in ENDED for trial in known)
         rest = f", {over} of {len(known)} trials have ended" if known else ""
-        print(
-            f"sweep {self._sweep.file.name}: {room.trials()} trials at a time{rest}; {self._sweep.folder}", flush=True
-        )
+        print(f"sweep {self._sweep.file.name}: {room.trials()} trials at a time{rest}; {self._sweep.place}", flush=True)
 
     def _print_summary(self) -> None:
         from bootvit.report import print_sweep

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import shutil
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 
-from bootvit.addresses import is_address
 from bootvit.config import leaves, parse_yaml
 from bootvit.errors import UserError
-from bootvit.files import read_json, write_atomic
-from bootvit.runs import FREE_ON_RESUME, check_storage
+from bootvit.files import write_atomic
+from bootvit.runs import FREE_ON_RESUME, check_storage, is_foreign
+from bootvit.storage import Place, read_at
 from tune.spec.schema import Sweep
 from tune.tell.record import asked
 
@@ -24,26 +24,16 @@ FREE = (
 )
 
 
-def check_place(sweep: Sweep) -> None:
-    """Refuse a store: a sweep appends to its log, and Ray Tune keeps its folder beside that."""
-    storage = sweep.base.ray.storage_path
-    if is_address(storage):
-        raise UserError(
-            f"ray.storage_path={storage}: a sweep needs a folder that every node sees; an object store keeps single "
-            "runs only (bootvit train)"
-        )
-
-
 def check_folder(sweep: Sweep, *, resume: bool, overwrite: bool, retry_failed: bool = False) -> State:
     """What is there under the sweep's name; `UserError` where going on would destroy or mix something."""
-    path = sweep.folder
+    place = sweep.place
     check_storage(sweep.base.model_copy(update={"name": sweep.file.name}))
     resume = resume or retry_failed
     state = folder_state(sweep, retry_failed=retry_failed)
     if state != "absent" and not (resume or overwrite):
-        raise UserError(f"{path}: a sweep of this name exists ({state}): --resume, --overwrite, or name=… for another")
-    if state == "absent" and path.exists() and any(not child.name.startswith(".") for child in path.iterdir()):
-        raise UserError(f"{path}: exists and is not a sweep; choose another name= or ray.storage_path=")
+        raise UserError(f"{place}: a sweep of this name exists ({state}): --resume, --overwrite, or name=… for another")
+    if state == "absent" and is_foreign(place):
+        raise UserError(f"{place}: exists and is not a sweep; choose another name= or ray.storage_path=")
     if state != "absent" and not resume:
         return "absent"
     if state != "absent":
@@ -65,21 +55,24 @@ def folder_state(sweep: Sweep, *, retry_failed: bool) -> State:
     """A finished sweep counts as unfinished where there is more to do: what the file asks for has grown, a winner
     could not be tested, or trials that failed are to be tried again.
     """
-    path = sweep.folder
-    if not (path / "sweep.yaml").exists():
+    place = sweep.place
+    if read_at(place, "sweep.yaml") is None:
         return "absent"
-    if not (path / "sweep.json").exists():
+    if read_at(place, "sweep.json") is None:
         return "unfinished"
-    document = read_state(path)
+    document = read_state(place)
     more = document.get("asked") != asked(sweep) or document["reason"]
     more = more or (retry_failed and document["counts"].get("failed", 0) > 0)
     return "finished" if document["status"] == "finished" and not more else "unfinished"
 
 
-def read_state(folder: Path) -> dict[str, Any]:
+def read_state(place: Place) -> dict[str, Any]:
     """sweep.json; `UserError` if it is not what this version writes."""
-    path = folder / "sweep.json"
-    document = read_json(path)
+    path = f"{place}/sweep.json"
+    try:
+        document = json.loads(read_at(place, "sweep.json") or b"")
+    except ValueError as err:
+        raise UserError(f"{path}: not readable as JSON: {err}") from err
     missing = STATE_KEYS - set(document) if isinstance(document, dict) else STATE_KEYS
     if missing:
         raise UserError(f"{path}: lacks {sorted(missing)}; remove it, and --resume makes it anew from events.jsonl")
@@ -93,8 +86,8 @@ def resolved(sweep: Sweep) -> dict[str, Any]:
 
 def read_resolved(sweep: Sweep) -> dict[str, Any]:
     """The same, as it was when the sweep was started."""
-    path = sweep.folder / "sweep.yaml"
-    return dict(parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+    data = read_at(sweep.place, "sweep.yaml") or b""
+    return dict(parse_yaml(data.decode(errors="replace"), f"{sweep.place}/sweep.yaml"))
 
 
 def check_same_sweep(sweep: Sweep) -> None:
@@ -106,7 +99,7 @@ def check_same_sweep(sweep: Sweep) -> None:
         if was.get(key) == now.get(key) or free or grows(sweep, key, was.get(key), now.get(key)):
             continue
         name, then = key.removeprefix("sweep."), was.get(key)
-        raise UserError(f"{sweep.folder}: cannot resume with {name}={now.get(key)}: it was started with {name}={then}")
+        raise UserError(f"{sweep.place}: cannot resume with {name}={now.get(key)}: it was started with {name}={then}")
 
 
 def grows(sweep: Sweep, key: str, was: Any, now: Any) -> bool:

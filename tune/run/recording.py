@@ -11,13 +11,13 @@ from typing import Any, Literal
 from bootvit.config import Config
 from bootvit.files import write_json
 from bootvit.result import Accuracy, Result, RunStatus, new_result, read_result
-from bootvit.runs import claim, take_lease
 from bootvit.tracking import SweepRun, mlflow_available, tracking_uri
 from bootvit.tracking.follow import patience, within
 from bootvit.tracking.tags import git_commit
 from tune.decide.log import ENDED, Trial, Trials
 from tune.decide.select import is_number
 from tune.run.data import fingerprints
+from tune.run.kept import SweepFolder
 from tune.spec.schema import Sweep
 from tune.spec.space import count_trials, metric_of
 from tune.tell.mlflow import Shipper, is_shipped
@@ -30,8 +30,8 @@ MakeConfig = Callable[[Trial], Config]
 class Recording:
     """Everything that others read of a sweep, kept up to date."""
 
-    def __init__(self, sweep: Sweep, config: MakeConfig) -> None:
-        self._sweep, self._config = sweep, config
+    def __init__(self, sweep: Sweep, folder: SweepFolder, config: MakeConfig) -> None:
+        self._sweep, self._folder, self._config = sweep, folder, config
         self.recorder = Recorder(sweep)
         self._commit = git_commit()
         self._planned = None if sweep.file.fidelity else count_trials(sweep)  # rungs take what turns out best
@@ -45,7 +45,8 @@ class Recording:
         self.close()
         self._parent = self._parent or connect(self._sweep, goes_on=goes_on)
         if self._parent is not None:
-            self._shipper = Shipper(self._parent, self._sweep.file.name, kind, config)
+            self._folder.put(self._parent.folder / "mlflow.json")  # before MLflow hears of it
+            self._shipper = Shipper(self._parent, self._folder, self._sweep.file.name, kind, config)
 
     def started(self, trial: Trial) -> None:
         """A trial is given out."""
@@ -61,22 +62,25 @@ class Recording:
         """Write down in the run's own folder how the trial ended, and let MLflow know."""
         config = self._config(trial)
         if trial.status == "finished":
+            self._folder.fetch(self._folder.run_dir(config))
             self.charge(config, trial)
         else:
-            claim(config, resume=True, overwrite=False)  # from now on nobody else writes there
+            run = self._folder.seize(config)
             result = unfinished(config, trial, self.recorder.held_out(trial), self._commit)
-            take_lease(config.run_dir).write_result(result | {"gpu_seconds": self.recorder.gpu_seconds(trial)})
+            run.write_result(result | {"gpu_seconds": self.recorder.gpu_seconds(trial)})
+            self._folder.put(run.result)
         self.ended(trial, trial.ended_at)
 
     def charge(self, config: Config, trial: Trial) -> None:
         """Write into a finished run's result what `trial` has cost: the loop does not know its share of a GPU."""
-        path = config.run_dir / "result.json"
+        path = self._folder.run_dir(config) / "result.json"
         write_json(path, read_result(path) | {"gpu_seconds": self.recorder.gpu_seconds(trial)})
+        self._folder.put(path)
 
     def settle_old(self, trials: Iterable[Trial]) -> None:
         """What a killed driver had logged, but not yet written or shipped."""
         for trial in trials:
-            run_dir = self._config(trial).run_dir
+            run_dir = self._folder.run_dir(self._config(trial))
             recorded = (run_dir / "result.json").exists() and (self._shipper is None or is_shipped(run_dir))
             if trial.status in ENDED and not recorded:
                 self.settle(trial)
@@ -99,6 +103,7 @@ class Recording:
     def write(self, trials: Trials, status: str, seconds: float, reason: str | None = None) -> Document:
         """sweep.json, and the parent's state."""
         document = self.recorder.write(trials, status, seconds, reason)
+        self._folder.put(self._sweep.folder / "sweep.json")
         if self._shipper is not None:
             self._shipper.update(document)
         return document
@@ -117,6 +122,7 @@ class Recording:
         self.close()
         if (parent := self._parent) is not None:
             within(lambda: parent.finish(status, document, files, at), patience(parent.uri), parent.folder)
+            self._folder.put(parent.folder / "mlflow.json")
 
     def is_complete(self, document: Mapping[str, Any]) -> bool:
         """Whether MLflow has all of a finished sweep."""
@@ -130,7 +136,9 @@ class Recording:
             return []
         from bootvit.report import write_sweep_report
 
-        return write_sweep_report(self._sweep.folder, self._sweep.folder / "report")
+        files = write_sweep_report(self._sweep.folder, self._sweep.folder / "report")
+        self._folder.put(*files)
+        return files
 
 
 def connect(sweep: Sweep, *, goes_on: bool) -> SweepRun | None:

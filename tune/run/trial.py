@@ -7,18 +7,21 @@ and this process hears from them through an actor beside it.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
 
 import ray
 
 from bootvit import checkpoint
+from bootvit.addresses import is_address
 from bootvit.config import Config, validate
 from bootvit.driver import pick_device
+from bootvit.extensions import import_all
 from bootvit.learner import World
 from bootvit.loop import TestUse, epochs
 from bootvit.ray_workers import InThread, on_workers, train_worker, worker_job
 from bootvit.result import EpochReport, Result, read_result
-from bootvit.runs import RunFolder, claim, take_lease
+from bootvit.runs import RunFolder, claim, take_again
 from bootvit.tracking import read_journal
 from bootvit.worker_log import check_seen, worker_log
 from tune.run.job import Job, Report
@@ -33,14 +36,27 @@ def attempt(job: Job) -> Generator[Report, None, None]:
     A run that is finished is done at once, unless it has yet to meet the test set.
     """
     config = validate(Config, job.config, "trial")
-    check_seen(config.run_dir.parent.parent / "sweep.yaml")  # else the trial would be claimed on this node's own disk
+    import_all(config.imports)
+    if not is_address(config.ray.storage_path):  # else the trial would be claimed on this node's own disk
+        check_seen(config.run_dir.parent.parent / "sweep.yaml")
     folder, state = claim(config, resume=True, overwrite=False)
     if state == "finished":
-        result = read_result(folder.result)
+        result, found = read_result(folder.result), folder
+        end = Report(result["epochs"], reports(found).get(result["epochs"], {}), True)
         if job.test == "never" or result["final"] is not None:
-            yield Report(result["epochs"], reports(folder).get(result["epochs"], {}), True)
+            found.leave()
+            yield end
             return
-        folder = take_lease(folder.path)
+        folder = take_again(found)
+        found.leave()
+    try:
+        yield from go_on(folder, config, job)
+    finally:
+        folder.leave()
+
+
+def go_on(folder: RunFolder, config: Config, job: Job) -> Iterator[Report]:
+    """The same once the run is taken, and has not ended."""
     known = reports(folder)
     saved = checkpoint.described(folder.checkpoints)
     for epoch in sorted(known)[: -1 if saved and saved[-1].final else None]:
@@ -89,10 +105,25 @@ def in_process(config: Config, folder: RunFolder, job: Job) -> Generator[EpochRe
     watch = Watch()
     try:
         world = World(0, 1, pick_device(config.ray.use_gpu))
-        with worker_log(folder, world):
-            return (yield from epochs(config, world, folder, test=job.test, asked=watch.asked))
+        with folder.sent() as flush, worker_log(folder, world):
+            return (yield from told_after(flush, epochs(config, world, folder, test=job.test, asked=watch.asked)))
     finally:
         watch.close()
+
+
+def told_after(
+    flush: Callable[[], None], run: Generator[EpochReport, None, Result]
+) -> Generator[EpochReport, None, Result]:
+    """A run's epochs, each once the store has what it says."""
+    with closing(run):
+        while True:
+            try:
+                report = next(run)
+            except StopIteration as end:
+                result: Result = end.value
+                return result
+            flush()
+            yield report
 
 
 # ------------------------------------------------------------------------------------------- several workers
@@ -103,18 +134,20 @@ def in_workers(config: Config, folder: RunFolder, test: TestUse) -> Generator[Ep
     from bootvit.coordinator import start_coordinator
 
     coordinator = start_coordinator()
-    training = InThread(lambda: on_workers(config, train_worker, worker_job(config, folder, coordinator, test)))
+    job = worker_job(config, folder, coordinator, test, sent_first=True)
+    training = InThread(lambda: on_workers(config, train_worker, job))
     known, alive = 0, True
     try:
-        while alive:
-            time.sleep(POLL)
-            alive = training.is_alive()
-            for report in ray.get(coordinator.reports.remote(known)):
-                known += 1
-                yield report
-        result: Result = training.wait()
-        return result
+        with folder.followed():
+            while alive:
+                time.sleep(POLL)
+                alive = training.is_alive()
+                for report in ray.get(coordinator.reports.remote(known)):
+                    known += 1
+                    yield report
+            result: Result = training.wait()
+            return result
     finally:
         if training.is_alive():
-            take_lease(folder.path)
+            take_again(folder).leave()
             training.wait()

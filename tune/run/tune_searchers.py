@@ -103,7 +103,7 @@ class TuneSearcher:
         if canonical(again) != canonical(setting):
             algorithm = self._sweep.file.algorithm
             raise RunFailed(
-                f"{self._sweep.folder}: {algorithm} now suggests {again} where it suggested {setting}: it cannot be "
+                f"{self._sweep.place}: {algorithm} now suggests {again} where it suggested {setting}: it cannot be "
                 "replayed, or is another version; resume with the version that the sweep was started with"
             )
         return new

@@ -13,6 +13,7 @@ from tune.decide.stopping import Stopper
 from tune.decide.winners import Chosen, plain, test_config, winners
 from tune.run.data import fingerprints
 from tune.run.job import Job
+from tune.run.kept import SweepFolder
 from tune.run.recording import Recording
 from tune.spec.schema import BudgetConfig, Sweep
 from tune.spec.space import Spec
@@ -24,16 +25,22 @@ class Tests:
     """The winners' runs on the test set: a conductor of their own, without a budget or anything that stops them."""
 
     def __init__(
-        self, sweep: Sweep, trials: Trials, make_config: Callable[[Trial], Config], recording: Recording
+        self,
+        sweep: Sweep,
+        folder: SweepFolder,
+        trials: Trials,
+        make_config: Callable[[Trial], Config],
+        recording: Recording,
     ) -> None:
-        self._sweep, self._trials, self._make_config, self._recording = sweep, trials, make_config, recording
+        self._sweep, self._folder, self._trials = sweep, folder, trials
+        self._make_config, self._recording = make_config, recording
         self.untested: str | None = None  # why a winner did not meet the test set
         self.chosen = chosen(sweep, trials, make_config)
         self.on_end: Callable[[], None] = lambda: None
         easy = plain(sweep)
         self.conductor = Conductor(
             easy,
-            Log(sweep.folder / TEST_LOG),
+            Log(events := sweep.folder / TEST_LOG, folder.sender(events)),
             Chosen(self.chosen),
             Stopper(easy, 1),
             Budget(BudgetConfig(), sweep.gpus),
@@ -81,7 +88,8 @@ class Tests:
             self.untested = f"winner {trial.spec.id} could not be tested: {trial.reason}"
         if trial.status != "finished":
             return
-        run_dir = self.config(trial).run_dir
+        run_dir = self._folder.run_dir(self.config(trial))
+        self._folder.fetch(run_dir)
         recorder = self._recording.recorder
         recorder.final[trial.spec.id] = read_result(run_dir / "result.json")["final"]
         recorder.test_runs[trial.spec.id] = str(run_dir.relative_to(self._sweep.folder))

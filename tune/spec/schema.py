@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
 
 from pydantic import Field, field_serializer, field_validator, model_validator
 
@@ -17,6 +17,9 @@ from tune.spec.domain import Domain
 
 SMALL = ("loss", "ece")  # measures of which less is better
 METRIC = r"^held_out\.(vit|agent)\.(ema_)?(top1|top5|loss|balanced_accuracy|macro_f1|auroc|ece)$"
+
+if TYPE_CHECKING:
+    from bootvit.storage import Place
 
 
 OWN = ("grid", "random", "pbt")  # algorithms that know their trials at the start
@@ -250,11 +253,21 @@ class Sweep:
     file: SweepFile
     base: Config
     path: Path
+    copy: Path | None = None  # the driver's, of a sweep in an object store
+
+    @property
+    def place(self) -> Place:
+        """Where the sweep is: `<ray.storage_path>/<name>/`."""
+        from bootvit.storage import place_at  # with Arrow, which a sweep file does not need
+
+        return place_at(self.base.ray.storage_path) / self.file.name
 
     @property
     def folder(self) -> Path:
-        """`<ray.storage_path>/<name>/`."""
-        return Path(self.base.ray.storage_path) / self.file.name
+        """The same, as its driver has it."""
+        place = self.copy or self.place
+        assert isinstance(place, Path), "a sweep in a store has no folder before it is taken"
+        return place
 
     @property
     def seeds(self) -> tuple[int, ...]:

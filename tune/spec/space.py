@@ -12,6 +12,7 @@ from typing import Any
 from bootvit.config import Config, merge, nest, validate, whole
 from bootvit.errors import UserError
 from bootvit.models.checks import check_models
+from bootvit.storage import address_of
 from tune.spec.domain import Domain
 from tune.spec.schema import Sweep, get
 
@@ -190,7 +191,7 @@ def trial_config(sweep: Sweep, setting: Setting, seed: int, name: str = "trial")
     origins = dict.fromkeys(setting, f"{sweep.path}: space")
     for key, value in setting.items():
         data = merge(data, nest(key, value))
-    data = merge(data, {"seed": seed, "name": name, "ray": {"storage_path": str(sweep.folder / "trials")}})
+    data = merge(data, {"seed": seed, "name": name, "ray": {"storage_path": address_of(sweep.place / "trials")}})
     return validate(Config, data, str(sweep.path), origins)
 
 

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from bootvit.config import Config
 from bootvit.files import write_json
@@ -16,6 +16,9 @@ from bootvit.tracking import MlflowRun, SweepRun, run_tags
 from bootvit.tracking.follow import UPLOAD_BYTES_PER_S, patience, wait_for
 from bootvit.tracking.link import RunLink
 from tune.decide.log import Trial
+
+if TYPE_CHECKING:
+    from tune.run.kept import SweepFolder
 
 EVERY = 2.0  # seconds between two looks at the journals
 PAUSE = 30.0  # seconds without an attempt after MLflow has failed
@@ -38,8 +41,11 @@ class Heard(NamedTuple):
 class Shipper:
     """A thread that follows the running trials' journals and finishes those that have ended."""
 
-    def __init__(self, parent: SweepRun, sweep_name: str, kind: str, make_config: MakeConfig) -> None:
-        self._parent, self._sweep_name, self._kind, self._make_config = parent, sweep_name, kind, make_config
+    def __init__(
+        self, parent: SweepRun, folder: SweepFolder, sweep_name: str, kind: str, make_config: MakeConfig
+    ) -> None:
+        self._parent, self._folder, self._make_config = parent, folder, make_config
+        self._sweep_name, self._kind = sweep_name, kind
         self._running: dict[str, MlflowRun | None] = {}
         self._trials: queue.SimpleQueue[Heard] = queue.SimpleQueue()
         self._document: Mapping[str, Any] | None = None
@@ -114,8 +120,10 @@ class Shipper:
 
     def _sync(self, trial: Trial) -> bool:
         config = self._make_config(trial)
-        run = self._running.get(trial.spec.id)
-        if run is None and trial.began is not None and (config.run_dir / "config.yaml").exists():
+        run, run_dir = self._running.get(trial.spec.id), self._folder.run_dir(config)
+        if trial.began is not None:
+            self._folder.follow(run_dir)
+        if run is None and trial.began is not None and (run_dir / "config.yaml").exists():
             run = self._running[trial.spec.id] = self._child(trial, config)
         return run is None or self._took(run.sync())
 
@@ -123,11 +131,14 @@ class Shipper:
         config = self._make_config(trial)
         run = self._running.pop(trial.spec.id, None) or self._child(trial, config)
         run.connect()
-        path = config.run_dir / "result.json"
+        path = self._folder.run_dir(config) / "result.json"
         result = read_result(path) | {"mlflow_run_id": run.run_id}
         write_json(path, result)
-        self._upload_s = run.upload_size() / UPLOAD_BYTES_PER_S
-        return self._took(run.finish(ENDS[trial.status], result, at))
+        with self._folder.with_artifacts(config):
+            self._upload_s = run.upload_size() / UPLOAD_BYTES_PER_S
+            taken = run.finish(ENDS[trial.status], result, at)
+        self._folder.put(path, path.with_name("mlflow.json"))
+        return self._took(taken)
 
     def _took(self, answered: bool) -> bool:
         if answered:
@@ -143,7 +154,10 @@ class Shipper:
             "bootvit.group": trial.spec.group,
         }
         parent = self._parent.run_id
-        return MlflowRun(config, config.run_dir, tags=tags, parent=parent, started=trial.began)
+        run_dir = self._folder.run_dir(config)
+        run = MlflowRun(config, run_dir, tags=tags, parent=parent, started=trial.began)
+        self._folder.put(run_dir / "mlflow.json")  # with our key, before MLflow hears of it
+        return run
 
 
 def is_shipped(run_dir: Path) -> bool:

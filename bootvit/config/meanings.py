@@ -16,7 +16,7 @@ from bootvit.errors import UserError
 from tune.spec.domain import Domain
 from tune.spec.schema import SweepFile
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REQUIRED = "required"
 DOMAIN = "space.KEY"  # in place of a searched key's name
 KINDS = {"integer": "whole number", "number": "number", "string": "text", "boolean": "true or false", "null": "null"}
