@@ -137,7 +137,7 @@ def test_a_job_takes_the_module_along(here: Path, monkeypatch: pytest.MonkeyPatc
     (here / "study" / "mine.py").unlink()
     monkeypatch.syspath_prepend(str(here / "job"))  # as on a worker: the job's folder is on PYTHONPATH
     monkeypatch.chdir(here / "job")
-    assert load_config(words[1], places).imports == ("mine",)
+    assert load_config(words[1], places).imports == (str(here / "job" / "mine.py"),)
     assert sys.modules["mine"].__file__ == str(here / "job" / "mine.py")
 
 
