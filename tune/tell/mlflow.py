@@ -134,7 +134,7 @@ class Shipper:
         path = self._folder.run_dir(config) / "result.json"
         result = read_result(path) | {"mlflow_run_id": run.run_id}
         write_json(path, result)
-        with self._folder.with_artifacts(config):
+        with self._folder.with_artifacts(config, model=run.logs_model()):
             self._upload_s = run.upload_size() / UPLOAD_BYTES_PER_S
             taken = run.finish(ENDS[trial.status], result, at)
         self._folder.put(path, path.with_name("mlflow.json"))
