@@ -126,7 +126,7 @@ def test_a_report_is_not_attached_without_the_secret(
     write(tmp_path / "mlflow.json", RunLink(run_key="k", run_id="r", uri="http://***@host").model_dump_json())
     attach(tmp_path, [], "report")
     (warning,) = capsys.readouterr().err.splitlines()
-    assert warning.startswith("bootvit: warning: the report is not in MLflow at http://***@host: tracking.uri=")
+    assert warning.startswith("bootvit: warning: report is not in MLflow at http://***@host: tracking.uri=")
 
 
 def test_a_job_gets_no_setting_with_a_secret() -> None:

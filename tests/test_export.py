@@ -464,7 +464,7 @@ def test_the_command_prints_where_it_wrote(tmp_path: Path, capsys: pytest.Captur
     assert main(["export", str(run), "--format", "torchscript", "--out", str(out)]) == 0
     assert capsys.readouterr().out.strip() == str(out)
     assert main(["export", str(run), "--format", "caffe"]) == 2
-    assert "--format caffe: expected timm, onnx, torchscript" in capsys.readouterr().err
+    assert "--format caffe: expected timm, torch, onnx, pt2, torchscript" in capsys.readouterr().err
 
 
 def test_models_lists_every_row(capsys: pytest.CaptureFixture[str]) -> None:

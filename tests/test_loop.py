@@ -177,7 +177,7 @@ def test_a_run_that_ends_in_its_evaluation_is_evaluated_when_it_goes_on(
     config = tiny(name="cut", ray__storage_path=str(tmp_path))
     if where == "evaluation":
 
-        def evaluate(self: Learner, batches: Any) -> Any:
+        def evaluate(self: Learner, batches: Any, answers: Any = None) -> Any:
             raise Stop
 
         with monkeypatch.context() as patched:

@@ -181,6 +181,8 @@ class Store:
     def result(self, **changes: Any) -> dict[str, Any]:
         result = {
             "status": "finished",
+            "method": "joint",
+            "fraction": 1.0,
             "epochs": 2,
             "final": {"vit": {"top1": 51.5, "top5": 90.0}},
             "held_out": None,
@@ -358,8 +360,8 @@ def test_parameters_tags_data_set_and_config_describe_the_run(store: Store) -> N
     assert run.data.params["data.root"].startswith("xxx")
     assert len(run.data.params["data.root"]) == 6000
     assert run.data.tags["bootvit.method"] == "vit"
-    (data_set,) = run.inputs.dataset_inputs
-    assert (data_set.dataset.name, data_set.dataset.digest) == ("digits", "f00d")
+    inputs = [(given.dataset.name, given.dataset.digest) for given in run.inputs.dataset_inputs]
+    assert sorted(inputs) == [("digits", "f00d"), ("digits evaluation", "f00d")]
     client = connect(store.uri)
     assert [item.path for item in client.list_artifacts(run.info.run_id)] == ["config.yaml"]
     assert run.info.artifact_uri.startswith((store.run_dir.parents[1] / "mlruns" / "bootvit").as_uri())
@@ -389,7 +391,7 @@ def test_finish_sends_the_final_numbers_and_files_and_is_the_same_twice(store: S
     client = connect(store.uri)
     names = [item.path for item in client.list_artifacts(found.info.run_id)]
     assert names == ["config.yaml", "result.json"]
-    assert [item.dataset.digest for item in found.inputs.dataset_inputs] == ["f00d"]
+    assert [item.dataset.digest for item in found.inputs.dataset_inputs] == ["f00d", "f00d"]
 
 
 def test_resuming_a_failed_run_sets_it_running_again(store: Store) -> None:

@@ -209,7 +209,7 @@ def test_the_end_of_a_run_waits_for_a_silent_server_for_a_bounded_time(
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_TIMEOUT", "60")
     monkeypatch.setattr(follow, "PATIENCE_S", 0.2)
-    run = MlflowRun(tiny(tracking__uri=silent_server), tmp_path / "run", tags={})
+    run = MlflowRun(tiny(tracking__uri=silent_server, tracking__model=False), tmp_path / "run", tags={})
     follower = Follower(run)
     assert follower.run_id() is None
     assert not follower.finish("FINISHED", {"status": "finished"})

@@ -167,11 +167,11 @@ class MlflowRun(TrackedRun):
         """The model that MLflow serves, and its registered version; what is wrong with it does not stop the rest."""
         from bootvit.tracking.model import log_model, register_model
 
-        final = checkpoint.newest(self.folder / "checkpoints")
-        if final is None or not final.final:  # gone, or damaged, which is said where it is uploaded
+        saved = checkpoint.described(self.folder / "checkpoints")[-1:]
+        if not saved or not saved[0].final or not checkpoint.verify(saved[0]):  # which is said where it is uploaded
             return
         try:
-            model = log_model(self._client, str(self.run_id), self._config, self.folder, final.step)
+            model = log_model(self._client, str(self.run_id), self._config, self.folder, saved[0].step)
         except UserError as err:
             print(f"bootvit: warning: MLflow has no model of this run: {err}", file=sys.stderr)
             return

@@ -6,8 +6,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 from bootvit.config import Config
 from bootvit.files import write_json
@@ -16,9 +17,6 @@ from bootvit.tracking import MlflowRun, SweepRun, run_tags
 from bootvit.tracking.follow import UPLOAD_BYTES_PER_S, patience, wait_for
 from bootvit.tracking.link import RunLink
 from tune.decide.log import Trial
-
-if TYPE_CHECKING:
-    from tune.run.kept import SweepFolder
 
 EVERY = 2.0  # seconds between two looks at the journals
 PAUSE = 30.0  # seconds without an attempt after MLflow has failed
@@ -38,11 +36,27 @@ class Heard(NamedTuple):
     at: float | None = None  # when it ended, seconds since 1970
 
 
+class TrialFolders(Protocol):
+    """Where the runs of a sweep's trials are, wherever they are kept."""
+
+    def run_dir(self, config: Config) -> Path:
+        """A trial's run, on this machine."""
+
+    def follow(self, run: Path) -> None:
+        """Fetch what is new of a run that goes on."""
+
+    def with_artifacts(self, config: Config, *, model: bool) -> AbstractContextManager[None]:
+        """The run's uploads, and what its `model` is made of, are here meanwhile."""
+
+    def put(self, *files: Path) -> None:
+        """Keep files of a run that were written here."""
+
+
 class Shipper:
     """A thread that follows the running trials' journals and finishes those that have ended."""
 
     def __init__(
-        self, parent: SweepRun, folder: SweepFolder, sweep_name: str, kind: str, make_config: MakeConfig
+        self, parent: SweepRun, folder: TrialFolders, sweep_name: str, kind: str, make_config: MakeConfig
     ) -> None:
         self._parent, self._folder, self._make_config = parent, folder, make_config
         self._sweep_name, self._kind = sweep_name, kind
