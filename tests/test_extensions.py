@@ -19,6 +19,7 @@ from bootvit.__main__ import main
 from bootvit.config import merge
 from bootvit.data import open_table
 from bootvit.errors import RunFailed, UserError
+from bootvit.extensions import import_all
 from bootvit.load import load_config
 from cluster.command import check_command
 from cluster.staging import stage
@@ -137,8 +138,11 @@ def test_a_job_takes_the_module_along(here: Path, monkeypatch: pytest.MonkeyPatc
     (here / "study" / "mine.py").unlink()
     monkeypatch.syspath_prepend(str(here / "job"))  # as on a worker: the job's folder is on PYTHONPATH
     monkeypatch.chdir(here / "job")
-    assert load_config(words[1], places).imports == (str(here / "job" / "mine.py"),)
-    assert sys.modules["mine"].__file__ == str(here / "job" / "mine.py")
+    copied = str(here / "job" / "mine.py")
+    assert load_config(words[1], places).imports == (copied,)
+    sys.modules.pop("mine")
+    import_all(["/another/node/mine.py"])  # where the job's folder has another path: by its name
+    assert sys.modules["mine"].__file__ == copied
 
 
 @pytest.mark.slow

@@ -29,7 +29,7 @@ from bootvit.heartbeat import is_running
 from bootvit.remote import Head, Hold, Log, TakenOver, insist
 from bootvit.runs import RunFolder, claim, take_lease
 from bootvit.storage import AT_ONCE, Store
-from bootvit.tracking.artifacts import chosen
+from bootvit.tracking.artifacts import chosen, needed
 from tune.run.copying import copy_member, is_copied, mark_copied
 from tune.spec.schema import Sweep
 
@@ -84,10 +84,10 @@ class SweepFolder:
                 self._get(run, ended=False)
 
     @contextmanager
-    def with_artifacts(self, config: Config) -> Iterator[None]:
-        """For as long as this is entered, the checkpoints that go to MLflow are here."""
+    def with_artifacts(self, config: Config, *, model: bool) -> Iterator[None]:
+        """For as long as this is entered, the checkpoints that go to MLflow, or into its `model`, are here."""
         run = self.run_dir(config)
-        found = [] if self._store is None else chosen(config, run)
+        found = [] if self._store is None else (needed if model else chosen)(config, run)
         try:
             for saved in found:
                 remote.fetch(self._of(run), saved)

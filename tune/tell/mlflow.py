@@ -45,8 +45,8 @@ class TrialFolders(Protocol):
     def follow(self, run: Path) -> None:
         """Fetch what is new of a run that goes on."""
 
-    def with_artifacts(self, config: Config) -> AbstractContextManager[None]:
-        """The run's uploads are here meanwhile."""
+    def with_artifacts(self, config: Config, *, model: bool) -> AbstractContextManager[None]:
+        """The run's uploads, and what its `model` is made of, are here meanwhile."""
 
     def put(self, *files: Path) -> None:
         """Keep files of a run that were written here."""
@@ -148,7 +148,7 @@ class Shipper:
         path = self._folder.run_dir(config) / "result.json"
         result = read_result(path) | {"mlflow_run_id": run.run_id}
         write_json(path, result)
-        with self._folder.with_artifacts(config):
+        with self._folder.with_artifacts(config, model=run.logs_model()):
             self._upload_s = run.upload_size() / UPLOAD_BYTES_PER_S
             taken = run.finish(ENDS[trial.status], result, at)
         self._folder.put(path, path.with_name("mlflow.json"))
