@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor
 
 from bootvit.config import Network
-from bootvit.data.decode import BrokenImage, failing_as_broken
+from bootvit.data.decode import BrokenImage, Picture, failing_as_broken, for_the_eye
 from bootvit.data.fractions import Subset
 from bootvit.data.loaders import opened_by_place
 from bootvit.errors import RunFailed, UserError
@@ -99,10 +99,15 @@ def _thumbnails(subset: Subset, places: np.ndarray, columns: Columns) -> pa.Arra
     try:
         opened = opened_by_place(subset)
         for row in np.unique(np.concatenate(chosen)).tolist():
-            found[row] = thumbnail(opened(int(places[row])))
+            found[row] = thumbnail(in_rgb(opened(int(places[row]))))
     except (BrokenImage, UserError, RunFailed, OSError) as err:  # a finished run is not to fail for want of a picture
         print(f"bootvit: warning: no pictures of the most wrong images: {err}", file=sys.stderr, flush=True)
     return pa.array(found, pa.binary())
+
+
+def in_rgb(image: Picture) -> Image.Image:
+    """An image of other channels as it is shown."""
+    return image if isinstance(image, Image.Image) else Image.fromarray(for_the_eye(image.pixels))
 
 
 def thumbnail(image: Image.Image) -> bytes:

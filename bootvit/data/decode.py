@@ -30,6 +30,11 @@ __all__ = [
 NUMPY = b"\x93NUMPY"  # with which its files begin
 
 
+def for_the_eye(pixels: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """(..., channels) as (..., 3): the first three channels, or the first alone, in grey, where there are fewer."""
+    return pixels[..., :3] if pixels.shape[-1] >= 3 else np.repeat(pixels[..., :1], 3, axis=-1)
+
+
 class Reading(NamedTuple):
     """How stored values become 8-bit channels: what `data.channels` and `data.value_range` say."""
 

@@ -11,13 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from bootvit import checkpoint
 from bootvit.config import Config
 from bootvit.data import DataFacts, Subset
+from bootvit.data.decode import Picture, for_the_eye
 from bootvit.data.facts import Preparation
+from bootvit.data.sources import reading_of
 from bootvit.driver import pick_device
 from bootvit.evaluate import open_for, read_checkpoint
 from bootvit.explain.figures import Figure, draw
@@ -46,7 +47,7 @@ DATA = "explain.json"
 def explain(
     config: Config,
     folder: RunFolder,
-    images: Sequence[Path] | Sequence[Image.Image] = (),
+    images: Sequence[Path] | Sequence[Picture] = (),
     *,
     count: int = IMAGES,
     best: bool = False,
@@ -85,20 +86,22 @@ def explain(
 
 
 def chosen(
-    config: Config, facts: DataFacts, images: Sequence[Path] | Sequence[Image.Image], count: int
+    config: Config, facts: DataFacts, images: Sequence[Path] | Sequence[Picture], count: int
 ) -> tuple[Subset, bool]:
     """The images as a data set, and whether their labels are known."""
     if not images:
         return few(open_for(config, facts), count), True
-    if all(isinstance(image, Image.Image) for image in images):
-        return of_images(images, facts), False  # type: ignore[arg-type]
-    return of_files([path for given in images for path in files_of(Path(given))], facts), False  # type: ignore[arg-type]
+    reading = reading_of(config.data)
+    if not any(isinstance(image, Path) for image in images):
+        return of_images(images, facts, reading), False  # type: ignore[arg-type]
+    paths = [path for given in images for path in files_of(Path(given))]  # type: ignore[arg-type]
+    return of_files(paths, facts, reading), False
 
 
 def as_pictures(pixels: Tensor, preparation: Preparation) -> Any:
-    """Normalised images as uint8, (images, rows, cols, 3)."""
+    """Normalised images as uint8, (images, rows, cols, 3), as they are shown."""
     mean, std = (torch.tensor(values).view(1, -1, 1, 1) for values in (preparation.mean, preparation.std))
-    return ((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy()
+    return for_the_eye(((pixels * std + mean) * 255).round().clamp(0, 255).byte().permute(0, 2, 3, 1).numpy())
 
 
 def left_out(config: Config, no_taps: str) -> list[str]:
