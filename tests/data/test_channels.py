@@ -19,8 +19,9 @@ from bootvit.__main__ import main
 from bootvit.config import DataConfig
 from bootvit.data import open_splits
 from bootvit.data.decode import BrokenImage, Planes, Reading, decode
-from bootvit.data.resize import area_crop, centre_crop
+from bootvit.data.resize import area_crop
 from bootvit.errors import UserError
+from bootvit.standalone.images import centre_crop
 
 
 def saved(values: np.ndarray[Any, Any], **options: Any) -> bytes:
