@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, required=True, help="the folder with CIFAR-10, as data.root")
     parser.add_argument("--runs", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("set", nargs="*", metavar="KEY=VALUE", help="such as schedule.epochs=100 or seed=1")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     args.runs.mkdir(parents=True, exist_ok=True)
     name = f"{args.row}-{args.recipe}"
     file = args.runs / f"{name}.yaml"

@@ -112,7 +112,7 @@ def document(counts: Counts) -> dict[str, float | int]:
         "top1": round(counts.top1, 4),
         "top5": round(counts.top5, 4),
         "loss": round(counts.loss, 6),
-        **{name: round(value, 6) for name, value in counts.measures.items()},
+        **{name: round(value, 4) for name, value in counts.measures.items()},
     }
     averaged = {} if counts.ema is None else document(counts.ema)
     return found | {f"ema_{name}": value for name, value in averaged.items()}

@@ -41,6 +41,7 @@ def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "PARITY_CASES", ("agent_base_res_like",))
 
 
+@pytest.mark.slow
 def test_the_gpu_script_measures_every_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     status, found = run(tmp_path)
     wrong = [(row["what"], row["note"]) for row in found["rows"] if row["note"] and row["what"] != "matrix product"]
@@ -103,6 +104,7 @@ def test_the_median_is_of_the_ratios_of_neighbours() -> None:
     assert measure.judged("x", 0.7, 0.7)["state"] == "met"
 
 
+@pytest.mark.slow
 def test_scaling_measures_two_workers_and_predicts_sixty_four(tmp_path: Path) -> None:
     scaling.main(["--repeats", "1", "--batch", "2", "--configs", "digits/shared", "--out", str(tmp_path)])
     (path,) = tmp_path.glob("scaling_*.json")

@@ -254,8 +254,8 @@ def test_a_run_without_progress_ends_and_is_tested_then(
     curve = iter([10, 30, 20, 25, 25])  # the last one is measured again, with the test set
     real = Learner.evaluate
 
-    def scored(self: Learner, batches: Any) -> Any:
-        counts = real(self, batches)
+    def scored(self: Learner, batches: Any, answers: Any = None) -> Any:
+        counts = real(self, batches, answers)
         if next(iter(counts.values())).total < 100:  # the held-out part
             counts["vit"] = counts["vit"]._replace(correct=next(curve), total=100)
         return counts

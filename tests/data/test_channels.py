@@ -141,7 +141,7 @@ def test_a_folder_is_trained_on_evaluated_exported_and_predicted(
     path = sorted((tmp_path / "images" / "test" / "light").iterdir())[0]
     capsys.readouterr()
     assert main(["predict", "run", str(path), "--json"]) == 0
-    rows = json.loads(capsys.readouterr().out)
+    rows = list(map(json.loads, capsys.readouterr().out.splitlines()))
     assert {row["network"] for row in rows} == {"vit", "agent"}
     if kind == "npy":
         array = np.load(path)[:, :, None]

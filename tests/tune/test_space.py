@@ -201,7 +201,7 @@ def test_files_extend_one_another_and_a_base_is_relative_to_its_file(tmp_path: P
         ),
         (
             {"space": {KD: {"grid": [1]}}, "select": {"metric": "held_out.vit.loss", "mode": "max"}},
-            ["mode=max", "smaller loss"],
+            ["mode=max", "smaller is better"],
         ),
         ({"space": {KD: {"grid": [1]}}, "callbacks": ["no colon"]}, ["callbacks"]),
         ({"space": {KD: {"grid": [1]}}, "set": {KD: 1}}, ["set.objective.vit.kd"]),

@@ -244,6 +244,7 @@ def measured(path: Path) -> list[tuple[Any, ...]]:
     return [(r.step, r.epoch, r.name, r.value) for r in read_journal(path)[0] if "per_second" not in r.name]
 
 
+@pytest.mark.slow
 def test_a_sweep_in_a_store(top: str, tmp_path: Path, empty_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """It is tracked, reported and read again; a trial in it is the run that `train` makes of its config."""
     shutil.copy(empty_store, tmp_path / "mlflow.db")
