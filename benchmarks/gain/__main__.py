@@ -54,6 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--hours", type=float, default=8.0)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--cells", type=int, help="only the first so many")
+    parser.add_argument("--share", default="1/1", help="2/3: the second of three processes that share the cells")
     parser.add_argument(
         "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for every cell, such as ray.use_gpu=true"
     )
@@ -61,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
     runs, deadline = args.runs.resolve(), time.monotonic() + 3600 * args.hours
     runs.mkdir(parents=True, exist_ok=True)
     failed = 0
-    for cell in list(cells(args.seeds))[: args.cells]:
+    which, of = map(int, args.share.split("/"))
+    for cell in list(cells(args.seeds))[: args.cells][which - 1 :: of]:
         if time.monotonic() >= deadline:
             break
         if finished(runs, cell):

@@ -150,6 +150,16 @@ def check_writable(uri: str) -> None:
             probe.unlink(missing_ok=True)
 
 
+def import_mlflow() -> None:
+    """Import MLflow, quiet: for a thread whose other code imports it too, before a second thread does.
+
+    MLflow's modules import each other in circles, so of two threads one may see a module half made. Ray Tune imports
+    it when a sweep starts.
+    """
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")  # MLflow sets its level while it is imported
+    import mlflow.tracking  # noqa: F401
+
+
 def connect(uri: str) -> Any:
     """An `MlflowClient`; an SQLite store is created first if it is not there.
 
@@ -158,7 +168,6 @@ def connect(uri: str) -> Any:
     """
     path = sqlite_path(uri)
     for key, value in {
-        "MLFLOW_LOGGING_LEVEL": "ERROR",  # MLflow sets its level while it is imported, perhaps by another thread now
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": REQUEST_S,
         "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -167,6 +176,7 @@ def connect(uri: str) -> Any:
         **({"MLFLOW_SQLALCHEMYSTORE_POOLCLASS": "NullPool"} if path else {}),
     }.items():
         os.environ.setdefault(key, value)
+    import_mlflow()
     from mlflow.tracking import MlflowClient
 
     for name in ("mlflow", "alembic"):  # for an MLflow that was imported before

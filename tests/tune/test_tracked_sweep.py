@@ -10,6 +10,7 @@ import re
 import shutil
 import socket
 import sqlite3
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -27,6 +28,7 @@ from tune.run import driver, trial
 from tune.run.recording import Recording
 from tune.run.trial import attempt
 from tune.run.work import Work
+from tune.tell import mlflow
 
 KD = "objective.vit.kd"
 SECRET = "hunter2"
@@ -192,3 +194,25 @@ def test_no_artifact_of_a_sweep_holds_the_secret_of_its_file(
     sent = list(tmp_path.rglob("artifacts/sweep.yaml"))
     assert [SECRET in path.read_text() or "http://***@host:5000" not in path.read_text() for path in sent] == [False]
     assert [path for path in tmp_path.rglob("*") if path.is_file() and SECRET.encode() in path.read_bytes()] == []
+
+
+def test_mlflow_is_imported_before_the_thread_that_speaks_with_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray Tune imports MLflow too when a sweep starts; two threads at once may see half of its modules."""
+    importing: list[threading.Thread] = []
+
+    class Parent:
+        uri, run_id, folder = "sqlite:////nowhere/mlflow.db", None, Path()
+
+        def connect(self) -> bool:
+            assert importing  # in the thread: what fails here is raised by `close`
+            return True
+
+    def imports() -> None:
+        importing.append(threading.current_thread())
+        raise ImportError("a broken MLflow")
+
+    monkeypatch.setattr(mlflow, "import_mlflow", imports)
+    monkeypatch.setattr(mlflow, "EVERY", 0.0)
+    shipper = mlflow.Shipper(Parent(), None, "sweep", "trial", None)
+    assert importing == [threading.current_thread()]
+    assert shipper.close()

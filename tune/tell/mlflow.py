@@ -6,7 +6,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -16,6 +16,7 @@ from bootvit.result import read_result
 from bootvit.tracking import MlflowRun, SweepRun, run_tags
 from bootvit.tracking.follow import UPLOAD_BYTES_PER_S, patience, wait_for
 from bootvit.tracking.link import RunLink
+from bootvit.tracking.store import import_mlflow
 from tune.decide.log import Trial
 
 EVERY = 2.0  # seconds between two looks at the journals
@@ -69,6 +70,8 @@ class Shipper:
         self._answered = 0.0  # when MLflow has last taken something
         self._upload_s = 0.0  # more patience, while a trial's weights are sent
         self._patience = patience(parent.uri)
+        with suppress(Exception):  # which the thread meets again, and says
+            import_mlflow()
         self._thread = threading.Thread(target=self._work, daemon=True)
         self._thread.start()
 
