@@ -105,6 +105,7 @@ RULES: tuple[Rule, ...] = (
     ("data.dataset", lambda r: r.config.data.source != "dataset", "data.source=dataset only"),
     ("data.fraction_rule", lambda r: r.config.data.fraction == 1, "data.fraction=1"),
     ("data.crop_padding", lambda r: r.augment != "crop", "augment is not crop"),
+    ("data.dct_scaling", lambda r: r.augment != "area" or r.config.data.channels != 3, "it is for areas of RGB images"),
     ("data.flip", lambda r: r.augment == "none", "augment is none"),
     ("data.color_jitter", lambda r: r.config.data.channels not in (1, 3), "the images are neither grey nor RGB"),
     ("data.value_range", lambda r: r.config.data.channels == 3, "RGB images have 8 bits"),

@@ -107,6 +107,8 @@ def test_what_the_data_and_the_command_line_decide() -> None:
     assert idle("digits/joint", *given, augment="area", in_memory=False) == ["data.crop_padding", "data.resize"]
     assert idle("digits/joint", *given, augment="none") == ["data.crop_padding", "data.flip", "data.workers"]
     assert idle("digits/joint", *given, local=True) == ["data.workers", "ray.max_failures"]
+    assert idle("digits/joint", "data.dct_scaling=true") == ["data.dct_scaling"]
+    assert idle("digits/joint", "data.dct_scaling=true", augment="area", in_memory=False) == []
 
 
 def test_the_reference_as_a_whole_is_one_choice(tmp_path: Path) -> None:

@@ -226,6 +226,11 @@ class DataConfig(Section):
     resize: Literal["device", "pil"] = Field(
         "device", description="Who resizes small images: the device, in batches, or PIL itself, which is slower."
     )
+    dct_scaling: bool = Field(
+        False,
+        description="Whether training decodes JPEGs at 1/2, 1/4 or 1/8 of their size where random areas of them are "
+        "still as large as image_size: less work for large photographs.",
+    )
     on_error: Literal["raise", "skip"] = Field(
         "raise", description="A broken image ends the run, or is left out and counted."
     )

@@ -11,7 +11,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -28,7 +28,7 @@ from bootvit.data.decode import BrokenImage, Picture, Planes, failing_as_broken
 from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
 from bootvit.data.resize import area_crop, normalise, resize_batch
-from bootvit.data.table import Augment, ParquetImages, PixelImages, Rows
+from bootvit.data.table import Augment, FileImages, ParquetImages, PixelImages, Rows
 from bootvit.data.transfer import fits, to_device
 from bootvit.data.vary import Variation
 from bootvit.errors import RunFailed, UserError
@@ -135,7 +135,8 @@ class WorkerLoader:
     ) -> None:
         self._subset, self._data, self._preparation, self._device = subset, data, preparation, device
         self._augment = augment
-        self._source = opened_by_place(subset)
+        crops = preparation.size if data.dct_scaling and augment == "area" else None
+        self._source, self._reduced = opened_by_place(subset), opened_by_place(subset, crops)
         self._variation = Variation.of(data)
         self._through_pipes = False
         self.broken: dict[str, str] = {}  # {image: reason}
@@ -156,7 +157,7 @@ class WorkerLoader:
         if vary is not None:
             import torchvision.transforms.v2.functional  # noqa: F401  here once, and not in every process
         cut = Cut(self._preparation.size, "area" if area else self._preparation.kind, self._data.flip, vary)
-        steps = _Steps(self._source, pieces, order, numbers, cut, self._data.channels)
+        steps = _Steps(self._reduced if area else self._source, pieces, order, numbers, cut, self._data.channels)
         workers = min(self._data.workers, len(pieces))
         loader: DataLoader[Loaded] = DataLoader(
             steps,
@@ -339,11 +340,14 @@ def _as_it_is(loaded: Any) -> Any:
     return loaded
 
 
-def opened_by_place(subset: Subset) -> Callable[[int], Picture]:
-    """Opens the subset's i-th image."""
+def opened_by_place(subset: Subset, crops: tuple[int, int] | None = None) -> Callable[[int], Picture]:
+    """Opens the subset's i-th image; with `crops` at a size whose random areas still have so many (rows, columns)."""
     images = subset.table.images
     if isinstance(images, ParquetImages):
-        return mapped(subset).open
+        arrow = mapped(subset)
+        return replace(arrow, reading=arrow.reading._replace(crops=crops)).open
+    if isinstance(images, FileImages):
+        images = replace(images, reading=images.reading._replace(crops=crops))
     return lambda place: images.open(int(subset.indices[place]))
 
 

@@ -97,6 +97,8 @@ class Box(NamedTuple):
 
 
 TRIES = 10
+AREA = (0.6, 1.0)  # share of an image that a random crop takes
+ASPECT = (3 / 4, 4 / 3)  # its columns per row
 AREA_NUMBERS = 24  # uniform numbers an area crop may use: area and aspect of 10 tries, place, flip, 1 to spare
 
 
@@ -104,8 +106,8 @@ def area_box(
     rows: int,
     cols: int,
     numbers: Sequence[float],
-    area: tuple[float, float] = (0.6, 1.0),
-    aspect: tuple[float, float] = (3 / 4, 4 / 3),
+    area: tuple[float, float] = AREA,
+    aspect: tuple[float, float] = ASPECT,
 ) -> Box:
     """A random part of an image, as torchvision's RandomResizedCrop chooses it, from 22 uniform numbers.
 
@@ -122,6 +124,11 @@ def area_box(
             left = int(numbers[21] * (cols - width + 1))
             return Box(top, left, height, width)
     return _central_box(rows, cols, aspect)
+
+
+def least_area_side(rows: int, cols: int) -> float:
+    """The shortest side, in pixels, that `area_box` can give an image of rows x cols."""
+    return min(rows, cols, math.sqrt(AREA[0] * rows * cols * ASPECT[0]))
 
 
 def _central_box(rows: int, cols: int, aspect: tuple[float, float]) -> Box:

@@ -17,6 +17,7 @@ import numpy as np
 from bootvit.config import DataConfig
 from bootvit.data import DataSplits, open_splits
 from bootvit.data.decode import BrokenImage, header_size
+from bootvit.data.resize import least_area_side
 from bootvit.data.table import ImageTable
 from bootvit.errors import UserError
 from bootvit.load import load_config, make_config
@@ -110,6 +111,7 @@ def _text(seen: Seen, name: str) -> str:
         (f"  image_size: {side}", f"shorter sides: {range_}"),
         (f"  batch_size: {batch}", f"{images} training images of {classes} classes"),
         *([(f"  held_out: {held:g}", _why_held_out(seen))] if held else []),
+        *([("  dct_scaling: true", "such large JPEGs are decoded smaller")] if _reducible(median, side) else []),
         ("model:", ""),
         ("  vit:", ""),
         (f"    patch: {patch}", f"{grid} x {grid} = {grid * grid} tokens an image"),
@@ -125,6 +127,11 @@ def _text(seen: Seen, name: str) -> str:
         (f"  experiment: {json.dumps(name)}", ""),
     ]
     return "".join(f"{line:26}  # {why}\n" if why else f"{line}\n" for line, why in rows)
+
+
+def _reducible(median: int, side: int) -> bool:
+    """Whether half of the images, were they square, would be decoded at half their size or less."""
+    return least_area_side(median, median) >= 2 * side
 
 
 def _patch(side: int) -> int:

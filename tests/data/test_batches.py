@@ -15,8 +15,10 @@ from bootvit.config import Config
 from bootvit.data import Subset, open_splits
 from bootvit.data.batches import Batch, EvalBatches, TrainBatches
 from bootvit.data.cache import cache_folder, decoded
+from bootvit.data.decode import Reading, decode
 from bootvit.data.loaders import MemoryLoader, WorkerLoader
-from bootvit.data.randomness import permutation
+from bootvit.data.randomness import permutation, uniforms
+from bootvit.data.resize import area_crop, normalise
 from bootvit.errors import UserError
 
 CPU = torch.device("cpu")
@@ -166,6 +168,30 @@ def test_augment_none_trains_on_what_evaluation_sees(tmp_path: Path) -> None:
     trained = joined(training(run).epoch(0))[0]
     seen = joined(evaluation(subset, run))[0]
     assert torch.equal(trained, seen[permutation(0, 0, 8)])
+
+
+@pytest.mark.parametrize("source", ["imagefolder", "parquet"])
+def test_only_training_decodes_less_of_a_large_jpeg(tmp_path: Path, source: str) -> None:
+    if source == "imagefolder":
+        write_folder(tmp_path, "train", {"a": 3, "b": 3}, size=(300, 400))
+    else:
+        images = [picture(seed, 300, 400) for seed in range(6)]
+        write_hugging_face(tmp_path / "train-0.parquet", images, [0, 0, 0, 1, 1, 1], [f"{n}.jpg" for n in range(6)])
+    given = {"source": source, "root": tmp_path, "image_size": 24, "batch_size": 3}
+    plain, scaled = (config(**given, dct_scaling=on) for on in (False, True))
+    subset = open_splits(scaled.data).train
+    trained = joined(training(scaled).epoch(0))[0]
+    places = permutation(0, 0, 6)
+    for position, place in enumerate(places.tolist()):
+        (_, data), *_ = subset.table.images.scan(subset.indices[place : place + 1])
+        small = decode(data, Reading(crops=(24, 24)))
+        assert small.size == (50, 38)
+        numbers = uniforms(0, 0, position, position + 1, 24)[0].tolist()
+        cut = torch.from_numpy(np.array(area_crop(small, (24, 24), numbers, flip=True)))
+        wanted = normalise(cut.permute(2, 0, 1)[None], subset.table.mean, subset.table.std)[0]
+        assert torch.equal(trained[position], wanted)
+    assert not torch.equal(trained, joined(training(plain).epoch(0))[0])
+    assert torch.equal(*(joined(evaluation(subset, run))[0] for run in (plain, scaled)))
 
 
 def test_a_subset_smaller_than_a_batch_is_one_short_batch() -> None:

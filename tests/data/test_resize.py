@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -10,8 +12,9 @@ from PIL import Image
 from bootvit.data import Preparation
 from bootvit.data.augment import pad_crop_flip
 from bootvit.data.batches import preprocess
+from bootvit.data.decode import Reading, decode
 from bootvit.data.randomness import permutation, uniforms
-from bootvit.data.resize import area_box, area_crop, resize_batch
+from bootvit.data.resize import area_box, area_crop, least_area_side, resize_batch
 from bootvit.standalone.images import centre_crop
 
 
@@ -108,6 +111,52 @@ def test_area_crop_cuts_resizes_and_mirrors() -> None:
         if numbers[22] < 0.5:
             wanted = functional.hflip(wanted)
         np.testing.assert_array_equal(np.asarray(area_crop(image, (48, 32), numbers, flip=True)), np.asarray(wanted))
+
+
+def test_no_area_has_a_side_below_the_least() -> None:
+    for rows, cols in ((300, 400), (100, 900), (900, 100), (640, 480)):
+        boxes = [area_box(rows, cols, uniforms(0, 0, at, at + 1, 24)[0].tolist()) for at in range(2000)]
+        least = min(min(box.rows, box.cols) for box in boxes)
+        assert least_area_side(rows, cols) - 1 <= least <= 1.15 * least_area_side(rows, cols)
+
+
+def photograph(rows: int, cols: int) -> Image.Image:
+    """Smooth colours with an edge, as JPEGs have them."""
+    y, x = np.mgrid[:rows, :cols]
+    planes = [127 + 100 * np.sin(x / (90 + 9 * i)) * np.cos(y / (131 - 5 * i)) for i in range(3)]
+    pixels = np.stack(planes, axis=2).astype(np.uint8)
+    pixels[rows // 3 : rows // 2, cols // 4 :] //= 2
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize(
+    ("size", "crops", "scale"),
+    [
+        ((900, 1200), (64, 64), 8),
+        ((900, 1200), (64, 200), 2),
+        ((901, 1203), (128, 96), 4),
+        ((200, 1200), (101, 101), 1),
+    ],
+)
+def test_a_large_jpeg_is_decoded_at_the_smallest_size_that_suffices(
+    size: tuple[int, int], crops: tuple[int, int], scale: int
+) -> None:
+    data = io.BytesIO()
+    photograph(*size).save(data, "JPEG", quality=92)
+    whole, reduced = decode(data.getvalue()), decode(data.getvalue(), Reading(crops=crops))
+    assert (reduced.height, reduced.width) == (-(-size[0] // scale), -(-size[1] // scale))
+    assert (scale == 1) == np.array_equal(np.asarray(whole), np.asarray(reduced))
+    for position in range(8):
+        numbers = uniforms(0, 0, position, position + 1, 24)[0].tolist()
+        cuts = [np.asarray(area_crop(image, crops, numbers, flip=True)).astype(int) for image in (whole, reduced)]
+        assert cuts[0].shape == cuts[1].shape
+        assert np.abs(cuts[0] - cuts[1]).mean() < 5  # of 255: an area begins at a pixel of the smaller image
+
+
+def test_what_is_no_jpeg_is_decoded_whole() -> None:
+    png = io.BytesIO()
+    photograph(300, 400).save(png, "PNG")
+    assert decode(png.getvalue(), Reading(crops=(8, 8))).size == (400, 300)
 
 
 @pytest.mark.parametrize("source", [(270, 300), (300, 270), (500, 375), (64, 64), (333, 1000), (257, 256)])
