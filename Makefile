@@ -23,7 +23,7 @@ mlflow: setup
 	$(BIN)/mlflow ui --backend-store-uri sqlite:///mlflow.db
 
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal -m 'not slow and not cluster and not gpu'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 3 --dist worksteal -m 'not slow and not cluster and not gpu'
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow and not gpu'

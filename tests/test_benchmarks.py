@@ -54,6 +54,7 @@ def test_the_gpu_script_measures_every_row(tmp_path: Path, capsys: pytest.Captur
     assert "joint-base, slow obvious, batch 4" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_or_runs_out_of_memory_costs_no_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = gpu.time_steps
 

@@ -110,7 +110,9 @@ def test_what_plain_timm_cannot_load_is_refused(tmp_path: Path, changes: Any, ne
     [
         ({"method": "shared"}, "agent"),
         ({"method": "shared"}, "vit"),
-        ({"method": "vit", "model__vit__attention": "entmax", "model__vit__depth": 1}, "vit"),
+        pytest.param(
+            {"method": "vit", "model__vit__attention": "entmax", "model__vit__depth": 1}, "vit", marks=pytest.mark.slow
+        ),
     ],
 )
 def test_onnx_computes_the_same_for_any_batch(tmp_path: Path, changes: Any, network: str) -> None:

@@ -53,13 +53,13 @@ def status(run: Path) -> Any:
     return json.loads((run / "result.json").read_text())["status"]
 
 
-@pytest.mark.parametrize("err", [False, True], ids=["stdout", "both"])
+@pytest.mark.parametrize("err", [pytest.param(False, marks=pytest.mark.slow), True], ids=["stdout", "both"])
 def test_a_run_outlives_the_reader_of_its_output(err: bool, here: Path) -> None:
     assert without_reader(TRAIN, here, err=err) == (0, "")
     assert status(here / "runs" / "tiny") == "finished"
 
 
-@pytest.mark.parametrize("closed", [">&- 2>&-", ">/dev/full"])
+@pytest.mark.parametrize("closed", [">&- 2>&-", pytest.param(">/dev/full", marks=pytest.mark.slow)])
 def test_a_run_needs_no_output_at_all(closed: str, here: Path) -> None:
     command = " ".join([*BOOTVIT, *TRAIN, closed])
     done = subprocess.run(command, shell=True, cwd=here, capture_output=True, text=True, check=False)
@@ -78,7 +78,7 @@ def test_a_run_outlives_its_terminal(here: Path) -> None:
     assert (process.returncode, status(here / "runs" / "tiny")) == (0, "finished")
 
 
-@pytest.mark.parametrize("command", [["models", "--json"], ["data", "fraction", "tiny.yaml", "--keys"]])
+@pytest.mark.parametrize("command", [["configs"], ["data", "fraction", "tiny.yaml", "--keys"]])
 def test_a_command_that_only_prints_ends_with_its_reader(command: list[str], here: Path) -> None:
     assert without_reader(command, here) == (141, "")
 
@@ -89,6 +89,7 @@ def test_an_output_that_cannot_be_written_is_one_line(here: Path) -> None:
     assert (done.returncode, done.stderr) == (1, "bootvit: failed: [Errno 28] No space left on device\n")
 
 
+@pytest.mark.slow
 def test_a_name_that_the_encoding_lacks_is_replaced(here: Path) -> None:
     command = [*BOOTVIT, *TRAIN, "ray.storage_path=Käfer", "--resume"]
     env = os.environ | {"PYTHONIOENCODING": "ascii"}

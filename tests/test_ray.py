@@ -70,7 +70,7 @@ def test_a_failure_on_the_workers_is_one_line(here: Path, capsys: pytest.Capture
 @pytest.mark.parametrize(
     ("sent", "local"),
     [
-        (signal.SIGTERM, True),
+        pytest.param(signal.SIGTERM, True, marks=pytest.mark.cluster),
         pytest.param(signal.SIGINT, True, marks=pytest.mark.cluster),
         pytest.param(signal.SIGINT, False, marks=pytest.mark.cluster),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.cluster),

@@ -36,9 +36,10 @@ def test_networks_build(path: Path) -> None:
 
 
 ROWS = [p for p in RUNS if p.parent.name == "cifar10" and not p.stem.endswith("tiny")]
+LARGE = [pytest.param(path, marks=pytest.mark.slow) if "-base" in path.stem else path for path in ROWS]
 
 
-@pytest.mark.parametrize("path", ROWS, ids=shipped)
+@pytest.mark.parametrize("path", LARGE, ids=shipped)
 def test_every_row_of_the_paper_trains(path: Path, tmp_path: Path) -> None:
     config = load_config(str(path), [*FROM_SCRATCH, *SMOKE, f"ray.storage_path={tmp_path}"])
     folder, _ = claim(config, resume=False, overwrite=False)

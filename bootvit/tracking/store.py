@@ -25,6 +25,7 @@ DATABASES = ("postgresql", "mysql", "mssql")  # beside SQLite
 FORMS = "sqlite:///FILE, http://HOST:PORT, https://HOST, postgresql://HOST/NAME or databricks://PROFILE"
 REQUEST_S = "5"  # for a server to answer, unless MLFLOW_HTTP_REQUEST_TIMEOUT is set
 LOCKED_S = 5.0  # for another process to let go of an SQLite file
+OPENS_ON_RUNS = {"mlflow.experimentKind": "custom_model_development"}  # else its page first asks what is in it
 UPLOAD_BYTES_PER_S = 1e6  # the slowest upload that is waited for
 CONNECTIONS = 3  # attempts to reach a database server; MLflow's ten take 100 s
 
@@ -237,7 +238,8 @@ def experiment_id(client: Any, uri: str, name: str) -> str:
         path = sqlite_path(uri)
         folder = path.parent / "mlruns" / re.sub(r"[^\w-]", "_", name) if path else None
         try:
-            return str(client.create_experiment(name, artifact_location=folder.as_uri() if folder else None))
+            place = folder.as_uri() if folder else None
+            return str(client.create_experiment(name, artifact_location=place, tags=OPENS_ON_RUNS))
         except MlflowException:
             found = client.get_experiment_by_name(name)
             if found is None:  # it was not another process that created it meanwhile

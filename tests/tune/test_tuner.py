@@ -148,6 +148,7 @@ def test_failures_are_retried_from_where_the_log_is_and_then_the_trial_fails(tmp
     assert grid.num_errors == 1
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
 def test_a_trial_that_tune_has_given_up_goes_on_where_its_node_was_lost(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -161,6 +162,7 @@ def test_a_trial_that_tune_has_given_up_goes_on_where_its_node_was_lost(
     assert [run.done(t.spec.id) for t in trials] == ["1 2 3"] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
 def test_a_trial_that_says_nothing_is_started_again_and_then_fails(tmp_path: Path) -> None:
     scripts = {0: {"2": "hang"}, 1: {"1": "hang", "2": "hang"}}
@@ -171,6 +173,7 @@ def test_a_trial_that_says_nothing_is_started_again_and_then_fails(tmp_path: Pat
     assert trials[1].reason == "it has reported nothing for trial_timeout=4 seconds"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_ray")
 def test_members_of_a_population_wait_and_leave_nothing_on_disk(tmp_path: Path) -> None:
     """Four members, two at a time: every round is complete before the next; the log says who copied whom."""
