@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from inspect import signature
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,6 +45,10 @@ from bootvit.predictions import Answers, first_five
 # of weights; bf16 and fp16 are autocast
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+# what makes DDP send buffers with every step, which ours have no need of; torch 2.14 has another name for it
+BUFFERS = next(
+    n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters
+)
 
 
 class World(NamedTuple):
@@ -181,7 +186,7 @@ class Learner:
         return DistributedDataParallel(
             self.networks,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
-            broadcast_buffers=False,
+            **{BUFFERS: False},
             gradient_as_bucket_view=True,  # gradients are where they are reduced: no copies
             find_unused_parameters=idle and getattr(self.networks.vit, "head_dist", None) is not None,
         )

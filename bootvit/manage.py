@@ -18,6 +18,7 @@ from bootvit.heartbeat import beat_of, check_nobody_writes, is_running
 from bootvit.report.rows import RUN_FILES, RunRow, read_run, read_run_in_store
 from bootvit.runs import open_run
 from bootvit.storage import AT_ONCE, Place, Store
+from bootvit.tracking.link import charts
 
 SWEEP = "sweep.json"  # in the folder of a sweep
 UNITS = ((86400, "d"), (3600, "h"), (60, "min"), (1, "s"))
@@ -179,6 +180,7 @@ def show_run(name: str) -> dict[str, Any]:
         "checkpoints": [saved_.path.name for saved_ in saved],
         "commit": result.get("git"),
         "mlflow run": result.get("mlflow_run_id"),
+        "charts": charts(path),
     }
 
 

@@ -16,6 +16,7 @@ from bootvit.loop import total_steps
 from bootvit.result import Result
 from bootvit.runs import RunFolder, place_of
 from bootvit.tracking import Record, read_journal
+from bootvit.tracking.link import charts
 
 if TYPE_CHECKING:
     from rich.console import Console, Group
@@ -65,13 +66,18 @@ def opening(config: Config, splits: DataSplits, device: torch.device | None) -> 
 
 
 def what_next(config: Config) -> str:
-    """What to type when a run has finished."""
+    """What to type when a run has finished, and where its curves are."""
     place = place_of(config)
     below = Path("runs").resolve() / config.name
     run = config.name if place == below else place
     look = "explain" if "vit" in config.networks else "show"
     commands = (f"eval {run} --local", f"predict {run} IMAGE", f"{look} {run}")
-    return "next: " + "\n      ".join(f"bootvit {command}" for command in commands)
+    shown = charts(place) if isinstance(place, Path) else None
+    return (
+        "next: "
+        + "\n      ".join(f"bootvit {command}" for command in commands)
+        + (f"\ncharts: {shown}" if shown else "")
+    )
 
 
 def scores(values: dict[str, float], names: tuple[str, ...]) -> str:

@@ -20,7 +20,7 @@ from bootvit.load import load_config, make_config
 from bootvit.ray_connection import check_address
 from bootvit.tracking import MlflowRun, store, tracking_uri
 from bootvit.tracking.attach import attach
-from bootvit.tracking.link import RunLink
+from bootvit.tracking.link import RunLink, charts
 from cluster.submit import passed
 
 SECRET = "hunter2"
@@ -127,6 +127,25 @@ def test_a_report_is_not_attached_without_the_secret(
     attach(tmp_path, [], "report")
     (warning,) = capsys.readouterr().err.splitlines()
     assert warning.startswith("bootvit: warning: report is not in MLflow at http://***@host: tracking.uri=")
+
+
+@pytest.mark.parametrize(
+    ("uri", "shown"),
+    [
+        ("http://***@host:5000/", "http://host:5000/#/experiments/7/runs?compareRunsMode=CHART"),
+        (
+            "sqlite:////a/mlflow.db",
+            "http://127.0.0.1:5000/#/experiments/7/runs?compareRunsMode=CHART "
+            "after mlflow ui --backend-store-uri sqlite:////a/mlflow.db",
+        ),
+        ("databricks", None),
+    ],
+)
+def test_where_charts_are(tmp_path: Path, uri: str, shown: str | None) -> None:
+    assert charts(tmp_path) is None
+    link = RunLink(run_key="k", run_id="r", uri=uri, experiment_id="7")
+    write(tmp_path / "mlflow.json", link.model_dump_json())
+    assert charts(tmp_path) == shown
 
 
 def test_a_job_gets_no_setting_with_a_secret() -> None:

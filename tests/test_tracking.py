@@ -32,6 +32,7 @@ from bootvit.tracking import (
     run_tags,
     tracking_uri,
 )
+from bootvit.tracking.link import charts
 from bootvit.tracking.store import connect, time_to_upload
 from bootvit.tracking.sweep import state_points
 from bootvit.tracking.tags import param_text, ray_job_id
@@ -265,7 +266,8 @@ def test_a_run_created_but_not_noted_down_is_found_by_its_key(store: Store) -> N
     path = store.run_dir / "mlflow.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"run_id": None}))
     assert store.open().run_id == run_id
-    assert len(store.runs()) == 1
+    (run,) = store.runs()
+    assert f"/experiments/{run.info.experiment_id}/runs" in str(charts(store.run_dir))
 
 
 def test_a_run_whose_creation_was_not_answered_is_found_and_not_made_again(

@@ -535,8 +535,8 @@ class Config(Section):
     )
     compile: bool = Field(
         False,
-        description="Whether torch.compile translates the training step first, which takes minutes; on CPUs it did not "
-        "make the step faster.",
+        description="Whether torch.compile translates the training step first, which takes a minute or two; on CPUs it "
+        "made the step of tiny images faster and that of 224 pixels slower.",
     )
     checkpoint: CheckpointConfig = CheckpointConfig()
     ray: RayConfig = RayConfig()

@@ -9,8 +9,10 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from bootvit.addresses import MASK
 from bootvit.errors import UserError
 from bootvit.files import write_json
+from bootvit.tracking.store import DATABASES
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -24,6 +26,7 @@ class RunLink(BaseModel):
     run_id: str | None = None  # MLflow's
     uri: str = ""  # for people; without a password
     experiment: str = ""
+    experiment_id: str = ""  # MLflow's
     started: float | None = None  # seconds since 1970, as `ended_at`; None: written by an earlier version
     shipped_step: int = -1  # the journal is there up to this step
     ended: Status | None = None  # how the run ended; None while it goes on
@@ -46,3 +49,15 @@ class RunLink(BaseModel):
         """Replace the file as a whole."""
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, self.model_dump())
+
+
+def charts(folder: Path) -> str | None:
+    """Where MLflow shows the learning curves of a folder's run beside its experiment's; None where it is not there."""
+    path = folder / "mlflow.json"
+    link = RunLink.load(path) if path.exists() else None
+    if link is None or not link.experiment_id or not link.uri.startswith(("http", "sqlite", *DATABASES)):
+        return None
+    page = f"/#/experiments/{link.experiment_id}/runs?compareRunsMode=CHART"
+    if link.uri.startswith("http"):
+        return f"{link.uri.replace(f'{MASK}@', '').rstrip('/')}{page}"
+    return f"http://127.0.0.1:5000{page} after mlflow ui --backend-store-uri {link.uri}"

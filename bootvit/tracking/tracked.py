@@ -202,7 +202,12 @@ class TrackedRun:
         newest = run.data.to_proto().metrics
         self._latest = {metric.key: metric.step for metric in newest}
         self._values = {metric.key: metric.value for metric in newest}
-        self._update_link(run_id=run.info.run_id, uri=public_address(self.uri), experiment=self._experiment)
+        self._update_link(
+            run_id=run.info.run_id,
+            uri=public_address(self.uri),
+            experiment=self._experiment,
+            experiment_id=run.info.experiment_id,
+        )
         self._client = client
         try:
             self._send_params(run.data.params)

@@ -17,6 +17,7 @@ from bootvit.remote import TakenOver
 from bootvit.runs import claim
 from bootvit.storage import Store
 from bootvit.tracking import check_tracking
+from bootvit.tracking.link import charts
 from tune.decide.budget import Budget, Spent
 from tune.decide.conductor import Conductor
 from tune.decide.log import ENDED, Log, Trial, read_events
@@ -280,6 +281,8 @@ class Driver:
         print_sweep(self._sweep.folder)
         if self._conductor.budget_note:
             print(f"not all trials were run: {self._conductor.budget_note}")
+        if shown := charts(self._sweep.folder):
+            print(f"charts: {shown}")
 
 
 def tests_spent(sweep: Sweep) -> Spent:
