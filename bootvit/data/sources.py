@@ -45,7 +45,7 @@ SMALL = 96  # the longest side, in pixels, of images that are kept decoded in me
 MANY_CLASSES = 100_000  # without names of their own
 PROBED = 64  # images whose size decides whether all are small
 MEASURED = 1000  # images from which an unknown data set's mean and deviation are computed
-LARGE = 1 << 16  # keys whose hashes are computed once per node; a second for each million
+LARGE = 1 << 16  # keys whose hash order and fingerprint are computed once per node; seconds for each million
 
 
 def open_table(
@@ -201,9 +201,8 @@ def _finish(
     rows = pa.table({"label": pa.array(labels, pa.int64()), "key": found.keys})
     fingerprint = found.fingerprint
     if fingerprint is None:
-        (fingerprint,) = _kept(
-            images, "fingerprint", pa.string(), lambda: [fingerprint_of(images, found.labels, found.keys, order)]
-        )
+        make = lambda: [fingerprint_of(images, found.labels, found.keys, order)]  # noqa: E731
+        (fingerprint,) = _kept(images, "fingerprint", pa.string(), make, large=len(found.labels) > LARGE)
     if like:
         notes += test_notes(found.place or data.source, labels, like.labels, wanted)
     else:
@@ -271,9 +270,9 @@ def _constants(found: Found, data: DataConfig, native: tuple[int, int] | None, o
     return data.mean or mean, data.std or std
 
 
-def _kept(images: Images, what: str, kind: pa.DataType, make: Callable[[], list[T]]) -> list[T]:
-    """What is made of the images; of those in an object store once per node."""
-    if isinstance(images, ParquetImages) and images.stored:
+def _kept(images: Images, what: str, kind: pa.DataType, make: Callable[[], list[T]], *, large: bool = False) -> list[T]:
+    """What is made of the images; of those in Parquet files in an object store, or of many, once per node."""
+    if isinstance(images, ParquetImages) and (images.stored or large):
         return remembered(what, images.stamp(np.arange(0)), kind, make)
     return make()
 
