@@ -17,9 +17,10 @@ import torch
 from PIL import Image
 
 from benchmarks.measure import provenance, result_path
+from bootvit.data.areas import AREA_NUMBERS
 from bootvit.data.decode import Reading, decode
 from bootvit.data.randomness import uniforms
-from bootvit.data.resize import AREA_NUMBERS, area_crop
+from bootvit.data.resize import area_crop
 from bootvit.files import write_json
 
 # (columns, rows) that the images are brought to, or None; side of the crops; the share of --count that is enough

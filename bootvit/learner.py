@@ -46,9 +46,10 @@ from bootvit.predictions import Answers, first_five
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.float32, "fp16": torch.float32, "fp64": torch.float64}
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 # what makes DDP send buffers with every step, which ours have no need of; torch 2.14 has another name for it
-BUFFERS = next(
-    n for n in ("forward_sync_buffers", "broadcast_buffers") if n in signature(DistributedDataParallel).parameters
-)
+DDP_ARGUMENTS = signature(DistributedDataParallel).parameters
+OWN_BUFFERS: dict[str, Any] = {
+    "forward_sync_buffers" if "forward_sync_buffers" in DDP_ARGUMENTS else "broadcast_buffers": False
+}
 
 
 class World(NamedTuple):
@@ -186,7 +187,7 @@ class Learner:
         return DistributedDataParallel(
             self.networks,
             device_ids=[self.world.device] if self.world.device.type == "cuda" else None,
-            **{BUFFERS: False},
+            **OWN_BUFFERS,
             gradient_as_bucket_view=True,  # gradients are where they are reduced: no copies
             find_unused_parameters=idle and getattr(self.networks.vit, "head_dist", None) is not None,
         )

@@ -15,13 +15,14 @@ from PIL import Image
 from torch import Tensor
 
 from bootvit.config import Config, DataConfig
+from bootvit.data.areas import AREA_NUMBERS
 from bootvit.data.augment import CROP_NUMBERS
 from bootvit.data.decode import to_rgb
 from bootvit.data.facts import Preparation
 from bootvit.data.fractions import Subset
 from bootvit.data.loaders import Batch, Cut, MemoryLoader, Numbers, Piece, WorkerLoader
 from bootvit.data.randomness import Purpose, balanced, permutation, repeated, uniforms
-from bootvit.data.resize import AREA_NUMBERS, normalise
+from bootvit.data.resize import normalise
 from bootvit.data.table import Rows
 from bootvit.data.vary import MIX_NUMBERS, Mixing, Variation
 from bootvit.data.way import Way, preparation_of, way_of

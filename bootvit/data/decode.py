@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-from bootvit.data.resize import least_area_side
+from bootvit.data.areas import least_area_side
 from bootvit.standalone import images
 from bootvit.standalone.images import BrokenImage, Picture, Planes, failing_as_broken, to_rgb
 

@@ -16,8 +16,8 @@ import numpy as np
 
 from bootvit.config import DataConfig
 from bootvit.data import DataSplits, open_splits
+from bootvit.data.areas import least_area_side
 from bootvit.data.decode import BrokenImage, header_size
-from bootvit.data.resize import least_area_side
 from bootvit.data.table import ImageTable
 from bootvit.errors import UserError
 from bootvit.load import load_config, make_config

@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from bootvit.data import Preparation
+from bootvit.data.areas import area_box, least_area_side
 from bootvit.data.augment import pad_crop_flip
 from bootvit.data.batches import preprocess
 from bootvit.data.decode import Reading, decode
 from bootvit.data.randomness import permutation, uniforms
-from bootvit.data.resize import area_box, area_crop, least_area_side, resize_batch
+from bootvit.data.resize import area_crop, resize_batch
 from bootvit.standalone.images import centre_crop
 
 
