@@ -239,6 +239,14 @@ def here(folder: Path, address: str | None, name: str) -> Path:
     return copy
 
 
+def patience(seconds: float, kills: int) -> float:
+    """The longest time until the next kill of a run that takes so many seconds and was killed so often.
+
+    It grows, because going on takes longer than a start where a killed process's lease must first run out.
+    """
+    return seconds * (1 + kills / 4)
+
+
 def kill_runs(folder: Path, address: str | None, kills: int, end: float, dice: random.Random) -> dict[str, Any]:
     """Kill at least so many processes, over runs of every kind, but begin no run behind `end`."""
     names, log = list(RUNS), folder / "log"
@@ -254,10 +262,10 @@ def kill_runs(folder: Path, address: str | None, kills: int, end: float, dice: r
     wrong: list[str] = []
     while done < kills and time.monotonic() < end:
         kind = names[runs % len(names)]
-        run, newest = f"killed-{runs}", 0
+        run, newest, own = f"killed-{runs}", 0, 0
         while True:
             child = start([*base, *RUNS[kind], f"name={run}", "--resume"], log)
-            until = time.monotonic() + dice.uniform(0, seconds[kind])
+            until = time.monotonic() + dice.uniform(0, patience(seconds[kind], own))
             ended, status = 0, 0
             while not ended and time.monotonic() < until:
                 ended, status = os.waitpid(child, os.WNOHANG)
@@ -268,7 +276,7 @@ def kill_runs(folder: Path, address: str | None, kills: int, end: float, dice: r
                 break
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
-            done += 1
+            done, own = done + 1, own + 1
             newest, beyond = lost(here(folder, address, run), newest)
             steps_lost.append(beyond)
             if address and done % 2:
@@ -298,12 +306,12 @@ def kill_sweeps(folder: Path, address: str | None, kills: int, end: float, dice:
     done = sweeps = 0
     wrong: list[str] = []
     while done < kills and time.monotonic() < end:
-        name = f"killed-sweep-{sweeps}"
+        name, own = f"killed-sweep-{sweeps}", 0
         while True:
-            status, _ = finish(folder, file, address, name, kill_after=dice.uniform(0, seconds))
+            status, _ = finish(folder, file, address, name, kill_after=dice.uniform(0, patience(seconds, own)))
             if status is not None:
                 break
-            done += 1
+            done, own = done + 1, own + 1
             if address and done % 2:
                 shutil.rmtree(folder / "cache", ignore_errors=True)
         if status:
