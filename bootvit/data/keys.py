@@ -18,6 +18,7 @@ from bootvit.data.table import Images, PixelImages, Rows
 
 SLICE = 1 << 16  # keys that are Python objects, or copies, at a time
 FINGERPRINTED = 16  # images whose bytes enter the fingerprint
+LARGE = 1 << 16  # keys of Parquet files that are ordered, compared and hashed once per node: seconds for each million
 
 Keys: TypeAlias = pa.Array | pa.ChunkedArray  # of text
 

@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from bootvit.data import parquet_labels
 from bootvit.data.cache import remembered
 from bootvit.data.found import Found, listed
-from bootvit.data.keys import Keys, column, repeated
+from bootvit.data.keys import LARGE, Keys, column, repeated
 from bootvit.data.listing import entries, is_dropping, is_folder
 from bootvit.data.parquet_columns import (
     METADATA,
@@ -206,7 +206,7 @@ def _keys(shards: list[Shard], images: ParquetImages, labels: Rows, notes: list[
         if len(with_key) < len(shards):
             without = next(shard for shard in shards if "key" not in shard.schema.names)
             raise UserError(f"{printable(without.path)}: no column 'key', which {with_key[0].path.name} has")
-        return _key_column(shards)
+        return _key_column(shards, images)
     struct = images.column.removesuffix(".bytes")
     if struct == images.column or any(shard.schema.field(struct).type.get_field_index("path") < 0 for shard in shards):
         return _numbered(images, labels)
@@ -214,7 +214,7 @@ def _keys(shards: list[Shard], images: ParquetImages, labels: Rows, notes: list[
         [chunk for shard in shards for chunk in _texts(shard, f"{struct}.path").chunks], pa.string()
     )
     keys = paths.filter(_given(paths))
-    twice = repeated(keys)
+    twice = _repeated(keys, images)
     if twice is None and len(keys) == len(paths):
         return keys
     if twice is not None:
@@ -224,7 +224,15 @@ def _keys(shards: list[Shard], images: ParquetImages, labels: Rows, notes: list[
     return _numbered(images, labels)
 
 
-def _key_column(shards: list[Shard]) -> Keys:
+def _repeated(keys: Keys, images: ParquetImages) -> str | None:
+    """`repeated`, of many keys once per node."""
+    if len(keys) <= LARGE:
+        return repeated(keys)
+    (twice,) = remembered("repeated", images.stamp(np.arange(0)), pa.large_string(), lambda: [repeated(keys)])
+    return twice
+
+
+def _key_column(shards: list[Shard], images: ParquetImages) -> Keys:
     """The column `key` of every file: unique, and there in every row."""
     chunks: list[pa.Array] = []
     ends = []
@@ -235,7 +243,7 @@ def _key_column(shards: list[Shard]) -> Keys:
         chunks += texts.chunks
         ends.append(sum(map(len, chunks)))
     keys = pa.chunked_array(chunks, pa.string())
-    if repeated(keys) is not None:
+    if _repeated(keys, images) is not None:
         seen = (len(keys.slice(0, end).unique()) for end in ends)
         raise _wrong_key(next(shard for shard, end, count in zip(shards, ends, seen, strict=True) if count < end))
     return keys

@@ -21,7 +21,7 @@ from bootvit.data import cifar, folders, own, parquet
 from bootvit.data.cache import remembered, remembered_rows
 from bootvit.data.decode import RGB_READING, BrokenImage, Reading, decode, encode_png, header_size
 from bootvit.data.found import Found, relabel
-from bootvit.data.keys import by_hash, column, fingerprint_of
+from bootvit.data.keys import LARGE, by_hash, column, fingerprint_of
 from bootvit.data.notes import class_notes, orientation_notes, test_notes
 from bootvit.data.stores import ADDRESS, StorePath, open_root
 from bootvit.data.table import (
@@ -45,7 +45,6 @@ SMALL = 96  # the longest side, in pixels, of images that are kept decoded in me
 MANY_CLASSES = 100_000  # without names of their own
 PROBED = 64  # images whose size decides whether all are small
 MEASURED = 1000  # images from which an unknown data set's mean and deviation are computed
-LARGE = 1 << 16  # keys whose hash order and fingerprint are computed once per node; seconds for each million
 
 
 def open_table(

@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from data_making import data_config, picture
+from data_making import data_config, picture, write_small_parquet
 
 from bootvit.data import DataSplits, open_splits
 from bootvit.data.table import ParquetImages
@@ -412,3 +412,34 @@ def test_a_file_that_changes_under_a_run_is_named(tmp_path: Path) -> None:
         list(found.scan(np.arange(4)))
     with pytest.raises(UserError, match=r"train\.parquet: not a readable Parquet file"):
         _ = ParquetImages((path,), "image.bytes").groups
+
+
+def test_what_is_known_of_many_keys_is_worked_out_once_and_again_for_other_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def opened() -> tuple[str, list[int]]:
+        train = open_splits(data_config(source="parquet", root=tmp_path)).train
+        return train.table.fingerprint, train.table.order.tolist()
+
+    write_small_parquet(tmp_path)
+    few = opened()
+    for module in ("parquet", "sources"):
+        monkeypatch.setattr(f"bootvit.data.{module}.LARGE", 3)
+    assert opened() == few
+    for name in ("parquet.repeated", "sources.by_hash", "sources.fingerprint_of"):
+        monkeypatch.setattr(f"bootvit.data.{name}", lambda *_: pytest.fail("worked out again"))
+    assert opened() == few
+    monkeypatch.undo()
+    write_small_parquet(tmp_path, per_class=21)
+    for module in ("parquet", "sources"):
+        monkeypatch.setattr(f"bootvit.data.{module}.LARGE", 3)
+    assert opened() != few
+
+
+def test_a_key_that_many_rows_share_is_found_each_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bootvit.data.parquet.LARGE", 3)
+    for split in ("train", "test"):
+        pq.write_table(table(LABELS, key=["a", "b", "c", "a"]), tmp_path / f"{split}.parquet")
+    for _ in range(2):
+        with pytest.raises(UserError, match="must be there in every row and unique"):
+            open_splits(data_config(source="parquet", root=tmp_path))
