@@ -111,7 +111,11 @@ def _text(seen: Seen, name: str) -> str:
         (f"  image_size: {side}", f"shorter sides: {range_}"),
         (f"  batch_size: {batch}", f"{images} training images of {classes} classes"),
         *([(f"  held_out: {held:g}", _why_held_out(seen))] if held else []),
-        *([("  dct_scaling: true", "such large JPEGs are decoded smaller")] if _reducible(median, side) else []),
+        *(
+            [("  dct_scaling: true", "JPEGs of such sizes are decoded smaller, which is quicker")]
+            if _reducible(median, side)
+            else []
+        ),
         ("model:", ""),
         ("  vit:", ""),
         (f"    patch: {patch}", f"{grid} x {grid} = {grid * grid} tokens an image"),

@@ -45,13 +45,15 @@ def test_what_is_printed_trains(
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "side", "patch"), [(9, 9, 8, 2), (33, 40, 32, 4), (70, 70, 64, 8), (230, 300, 224, 16)]
+    ("low", "high", "side", "patch"),
+    [(9, 9, 8, 2), (33, 40, 32, 4), (70, 70, 64, 8), (230, 300, 224, 16), (700, 700, 224, 16)],
 )
 def test_the_size_is_that_of_the_images_and_the_patch_divides_it(
     low: int, high: int, side: int, patch: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     _, found = suggested(images(tmp_path / "x", 4, low, high), capsys)
     assert (found["data"]["image_size"], found["model"]["vit"]["patch"]) == (side, patch)
+    assert found["data"].get("dct_scaling", False) == (high == 700)
 
 
 def test_more_images_get_a_wider_network_and_fewer_epochs(capsys: pytest.CaptureFixture[str]) -> None:
