@@ -35,6 +35,7 @@ class Mirror:
         self._store, self._path, self._hold = store, path, hold
         self._there = {object_name(one["step"], one["sha256"]) for one in known.checkpoints} if known else set()
         self._sent, self._inode, self._entries = 0, -1, 0
+        self._step = newest_step(checkpoint.described(path / "checkpoints"))
         self._head: Head | None = None
         self._data = known.data if known else None
         self._stamps: dict[str, tuple[int, int]] = {}
@@ -108,6 +109,7 @@ class Mirror:
         kept = checkpoint.described(self._path / "checkpoints")  # before the journal, which then covers them
         new = [saved for saved in kept if object_of(saved) not in self._there]
         lines, start, inode = self._lines()
+        self._check_whole(kept, inode)
         due = lines and (whole or self._due(self._last))
         if new:
             hold.check()
@@ -126,6 +128,12 @@ class Mirror:
             hold.check()
             self._put_changed(PREDICTIONS)
             self._put_changed("result.json")
+
+    def _check_whole(self, kept: list[Saved], inode: int) -> None:
+        """Raise `TakenOver` if the folder was cleared away under this process: the store would be told to forget it."""
+        if newest_step(kept) < self._step or (inode == -1 and self._step >= 0):
+            raise TakenOver(f"{self._path}: this run's working copy was removed; {self._store} stays as it is")
+        self._step = newest_step(kept)
 
     def _due(self, since: float) -> bool:
         now = time.monotonic()
@@ -183,6 +191,11 @@ class Mirror:
             if self._stamps.get(file.name) != stamp:
                 self._store.write(str(file.relative_to(self._path)), file.read_bytes())
                 self._stamps[file.name] = stamp
+
+
+def newest_step(found: list[Saved]) -> int:
+    """Of the newest checkpoint; -1 without one."""
+    return max((saved.step for saved in found), default=-1)
 
 
 @contextmanager

@@ -197,6 +197,28 @@ def test_a_damaged_checkpoint_is_found_and_the_one_before_it_used(
     check_equal(store, whole)
 
 
+def test_a_working_copy_that_is_cleared_away_takes_nothing_from_the_store(store: Store, whole: Path) -> None:
+    """As a cleaner of temporary folders does it, or whoever tidies up after a driver whose workers still live."""
+    from bootvit.load import load_config
+
+    cut_after(store, 3)
+    before = read_log(store)
+    config = load_config("tiny.yaml", [f"ray.storage_path={store.at.rpartition('/')[0]}"])
+    run, _ = claim(config, resume=True, overwrite=False)
+
+    def cleared_away() -> None:
+        with run.sent() as flush:
+            shutil.rmtree(run.path)
+            flush()
+
+    with pytest.raises(RunFailed, match="working copy was removed"):
+        cleared_away()
+    after = read_log(store)
+    assert (after.journal, after.head.checkpoints) == (before.journal, before.head.checkpoints)
+    assert train(store, "--resume") == 0
+    check_equal(store, whole)
+
+
 # ------------------------------------------------------------------------------------- a store that fails
 
 
