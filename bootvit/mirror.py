@@ -130,9 +130,14 @@ class Mirror:
             self._put_changed("result.json")
 
     def _check_whole(self, kept: list[Saved], inode: int) -> None:
-        """Raise `TakenOver` if the folder was cleared away under this process: the store would be told to forget it."""
+        """Raise `TakenOver` if the folder was cleared away under this process: the store would be told to forget it.
+
+        `RunFailed`, which is tried again, while it is only incomplete, as when a checkpoint is just being replaced.
+        """
         if newest_step(kept) < self._step or (inode == -1 and self._step >= 0):
-            raise TakenOver(f"{self._path}: this run's working copy was removed; {self._store} stays as it is")
+            if not (self._path / "lease.json").exists():
+                raise TakenOver(f"{self._path}: this run's working copy was removed; {self._store} stays as it is")
+            raise RunFailed(f"{self._path}: the newest checkpoint or the journal is not there at this moment")
         self._step = newest_step(kept)
 
     def _due(self, since: float) -> bool:

@@ -219,6 +219,27 @@ def test_a_working_copy_that_is_cleared_away_takes_nothing_from_the_store(store:
     check_equal(store, whole)
 
 
+def test_a_checkpoint_that_is_just_being_replaced_stops_nothing(
+    store: Store, whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bootvit.load import load_config
+
+    monkeypatch.setattr(mirror, "DOWN_S", 0.1)
+    cut_after(store, 3)
+    config = load_config("tiny.yaml", [f"ray.storage_path={store.at.rpartition('/')[0]}"])
+    run, _ = claim(config, resume=True, overwrite=False)
+    with run.sent() as flush:
+        newest = checkpoint.described(run.checkpoints)[-1].path.with_suffix(".json")
+        text = newest.read_text()
+        newest.unlink()
+        time.sleep(0.5)  # several looks
+        assert read_log(store).head.checkpoints[-1]["step"] == json.loads(text)["step"]
+        newest.write_text(text)
+        flush()
+        fit(config, ONE, run)
+    check_equal(store, whole)
+
+
 # ------------------------------------------------------------------------------------- a store that fails
 
 
